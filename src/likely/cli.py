@@ -1,0 +1,221 @@
+"""Verbs: parse, call, print. Every field of the config is a flag of ``likely train``."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+import typer
+
+from likely.config import Config, make_config, read_yaml, template_yaml
+from likely.errors import LikelyError, ResourceError
+
+app = typer.Typer(
+    name="likely",
+    help="Supervised fine-tuning as maximum likelihood: exact, visible, fast.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, and nothing else there")]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="a JSONL file")]
+Model = Annotated[str, typer.Option("--model", help=str(Config.model_fields["model"].description))]
+Base = Annotated[str | None, typer.Option("--base", help="a second model to compare with")]
+
+
+def _flag_type(annotation: Any) -> Any:
+    """The plain type of a config field: constraints are checked by the config itself, with its own words."""
+    if get_origin(annotation) is Annotated:
+        return _flag_type(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        (inner,) = (a for a in get_args(annotation) if a is not type(None))
+        return _flag_type(inner)
+    return annotation
+
+
+def _with_config_flags(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb one flag per config field; those the user gave arrive as ``settings``."""
+
+    def call(**values: Any) -> None:
+        settings = {key: values.pop(key) for key in Config.model_fields}
+        verb(settings={k: v for k, v in settings.items() if v is not None}, **values)
+
+    own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "settings"]
+    flags = []
+    for key, field in Config.model_fields.items():
+        default = "" if field.is_required() or field.default is None else f" [{field.default}]"
+        help_text = f"{field.description}{default}"
+        option = typer.Option(f"--{key.replace('_', '-')}", help=help_text, show_default=False)
+        hint: Any = Annotated[_flag_type(field.annotation) | None, option]  # type: ignore[valid-type]
+        flags.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+    call.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]
+    call.__annotations__ = {p.name: p.annotation for p in [*keyword, *flags]}
+    call.__doc__ = verb.__doc__
+    return call
+
+
+@app.command("train")
+@_with_config_flags
+def train(
+    settings: dict[str, Any],
+    config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings; flags go over them")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a model on a file, score it before and after on held-out data, save it and report."""
+    values = {**(read_yaml(config) if config else {}), **settings}
+    checked = make_config(values, str(config) if config else "")
+    from likely import run
+    from likely.train.log import Display
+
+    result = run.train(checked, Display())
+    _print_run(result.report, result.folder, as_json)
+
+
+@app.command()
+def demo(
+    output: Annotated[str, typer.Option("--output", help="run folder to create")] = "runs/demo",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="fewer optimizer steps")] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole story offline, on a CPU: score a real model, train it, and see what changed."""
+    from likely import run
+    from likely.train.log import Display
+
+    result = run.train(run.demo_config(output, steps=steps), Display(), num_answers=40)
+    _print_run(result.report, result.folder, as_json)
+
+
+@app.command()
+def score(
+    data: Data,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", help="JSONL file to write")],
+    base: Base = None,
+) -> None:
+    """Write the exact log-likelihood of every token of every example."""
+    from likely import run
+    from likely.train.log import Display
+
+    display = Display()
+    total_nats = total_tokens = 0.0
+    unfinished = output.with_name(f".{output.name}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8") as file:
+            for record in run.score(data, model, base, display):
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                total_nats += record["nll_nats"]
+                total_tokens += record["num_tokens"]
+        unfinished.replace(output)
+    except OSError as error:
+        raise ResourceError(f"can't be written: {error.strerror or error}", place=str(output)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    display.say(f"{output}: NLL {total_nats / total_tokens:.6f} nats per token over {total_tokens:g} tokens")
+
+
+@app.command()
+def evaluate(data: Data, model: Model, base: Base = None, as_json: Json = False) -> None:
+    """Held-out negative log-likelihood with its interval, beside a base model's."""
+    from likely import run
+    from likely.train.log import Display
+
+    result = run.evaluate(data, model, base, Display())
+    if as_json:
+        _print(json.dumps(result))
+        return
+    for name, figures in ((model, result), (base, result["base"])):
+        if figures:
+            interval = "" if figures["ci95"] is None else " [{:.4f}, {:.4f}]".format(*figures["ci95"])
+            _print(
+                f"{name}: NLL {figures['nll']:.4f}{interval} nats per token, perplexity {figures['perplexity']:.3f}, "
+                f"first choice right on {figures['token_accuracy']:.1%} of {figures['num_tokens']:g} tokens"
+            )
+    if result["delta"]:
+        interval = "" if result["delta"]["ci95"] is None else " [{:+.4f}, {:+.4f}]".format(*result["delta"]["ci95"])
+        _print(f"change {result['delta']['nll']:+.4f}{interval}, better on {result['delta']['share_better']:.0%}")
+
+
+@app.command()
+def init() -> None:
+    """Print a commented YAML of every setting and its default."""
+    _print(template_yaml())
+
+
+@app.command()
+def env(as_json: Json = False) -> None:
+    """Versions and devices, for a bug report."""
+    from likely import provenance
+    from likely.model.load import best_device, choose_compute_dtype
+
+    device = best_device()
+    dtype = str(choose_compute_dtype("auto", device)).removeprefix("torch.")
+    found = {**provenance.versions(), "device": provenance.device_name(device), "dtype auto": dtype}
+    _print(json.dumps(found) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
+
+
+def _print_run(report: dict[str, Any], folder: Path, as_json: bool) -> None:
+    if as_json:
+        _print(json.dumps({"run": str(folder), **report}))
+        return
+    lens = report["lens"]
+    if lens:
+        _print(f"\nAfter: {lens['context']!r}")
+        _print(f"{'next token':>18} {'base':>8} {'tuned':>8}   p - onehot: base    tuned")
+        for row in lens["rows"]:
+            text = repr(row["text"])[1:-1] + (" (gold)" if row["gold"] else "")
+            _print(
+                f"{text:>18} {row['before']:8.2%} {row['after']:8.2%}"
+                f"        {row['gradient_before']:+9.4f} {row['gradient_after']:+9.4f}"
+            )
+    if report["exact_match"]:
+        match = report["exact_match"]
+        _print(f"\ngreedy answers equal to the gold answer: {match['base']} -> {match['tuned']} of {match['of']}")
+    _print(f"\n{report['verdict']}")
+    _print(f"model: {folder / 'model'}   report: {folder / 'report.html'}")
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _explain(error: BaseException) -> tuple[str, int]:
+    """What to say on stderr, in one line, and what the shell should hear."""
+    text, code = f"{type(error).__name__}: {error}; this is a bug, please report it with the output of --debug", 1
+    if isinstance(error, LikelyError):
+        text, code = str(error), error.exit_code
+    elif isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        text, code = "interrupted", 130
+    elif hasattr(error, "format_message"):  # a usage error of the command line parser
+        text, code = error.format_message(), 2
+    elif isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error), re.IGNORECASE):
+        text, code = "out of memory; lower --pack-tokens, or use --tune lora", ResourceError.exit_code
+    return " ".join(text.split()), code
+
+
+def main() -> None:
+    """The process: one clear line and the right exit code for every fault."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
+    try:
+        code = app(args=arguments, prog_name="likely", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except BaseException as error:
+        if isinstance(error, SystemExit):
+            raise
+        if debug:
+            traceback.print_exc()
+        text, code = _explain(error)
+        sys.stderr.write(f"error: {text}\n")
+    sys.exit(code)

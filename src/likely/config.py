@@ -1,0 +1,134 @@
+"""Every knob of a training, once: the YAML file, the flags and the JSON Schema derive from this tree."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from likely.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+# YAML 1.1 reads 2e-4 as text, so numbers with an exponent must be let through as such.
+Number = Annotated[float, Field(strict=False)]
+
+
+class Config(BaseModel):
+    """What one training does. Field ``batch_size`` is the flag ``--batch-size`` and the YAML key ``batch_size``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str = Field(description="Hugging Face folder, hub id, run folder, RUN@step-N or smollm2-135m")
+    data: str = Field(description="training data: a JSONL file")
+    eval_data: str | None = Field(None, description="held-out data, scored before and after")
+    output: str = Field(description="run folder to create")
+
+    epochs: Number = Field(3.0, gt=0, description="passes over the training data")
+    steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")
+    batch_size: PositiveInt = Field(8, description="examples per optimizer step, over all processes")
+    learning_rate: Number | None = Field(None, gt=0, description="peak learning rate [2e-5 full, 2e-4 lora]")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
+    warmup: Number = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW decay of matrices; 0 minimises the likelihood itself")
+    max_grad_norm: Number = Field(1.0, gt=0, description="clip the gradient to this global norm")
+
+    tune: Literal["full", "lora"] = Field("lora", description="train all weights, or low-rank adapters")
+    lora_rank: PositiveInt = Field(16, description="rank of the adapters")
+    lora_alpha: Number | None = Field(None, gt=0, description="scale of the adapters times their rank [2 x rank]")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of matrix products in training; weights stay float32"
+    )
+
+    max_length: PositiveInt | None = Field(None, description="longest example in tokens [the model's context]")
+    pack_tokens: PositiveInt | None = Field(
+        None, description="trie tokens per forward: memory only, never the result [2048, or the longest example]"
+    )
+    train_on: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant", description="which turns are supervised"
+    )
+    prompt_weight: Number = Field(0.0, ge=0, le=1, description="weight of the tokens that are not an answer")
+    normalize: Literal["token", "example"] = Field("token", description="every token, or every example, counts alike")
+
+    seed: int = Field(0, ge=0, description="seed of the order of examples and of new adapters")
+    eval_every: PositiveInt | None = Field(None, description="score the held-out data every so many steps [at the end]")
+    save_every: PositiveInt | None = Field(
+        None, description="write a checkpoint every so many steps, and after the last [only the tuned model is saved]"
+    )
+
+    @model_validator(mode="after")
+    def _no_idle_options(self) -> Config:
+        if self.train_on == "all" and self.prompt_weight not in (0.0, 1.0):
+            raise ValueError("train_on all already gives prompts weight 1; use train_on assistant with prompt_weight")
+        if self.tune == "full" and self.lora_alpha is not None:
+            raise ValueError("lora_alpha has no effect with tune full; remove it")
+        return self
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.learning_rate if self.learning_rate is not None else {"full": 2e-5, "lora": 2e-4}[self.tune]
+
+
+def make_config(values: dict[str, Any], place: str = "") -> Config:
+    """A validated config.
+
+    Raises:
+        ConfigError: an unknown key, with the nearest known one, or a value out of its range.
+    """
+    for key in values:
+        if key not in Config.model_fields:
+            near = difflib.get_close_matches(str(key), Config.model_fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(Config.model_fields)}"
+            raise ConfigError(f"unknown key {key!r}", place=place, way_out=hint)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise ConfigError(f"{key} is missing", place=place, way_out=f"give --{key.replace('_', '-')}") from error
+        shown = f"{key} is {first['input']!r}: {message}" if key else message
+        raise ConfigError(shown, place=place) from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: no such file, broken YAML with its line, or not a mapping.
+    """
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            getattr(error, "strerror", None) or str(error), place=str(path), way_out="check the path"
+        ) from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"broken YAML: {error.problem}", place=f"{path}:{line}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"broken YAML: {error}", place=str(path)) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError("not a mapping of keys to values", place=str(path), way_out="write key: value lines")
+    return loaded
+
+
+def to_yaml(config: Config) -> str:
+    """The config as YAML that :func:`read_yaml` and :func:`make_config` turn into the same config."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def template_yaml() -> str:
+    """Every key with its default and what it does, commented out unless it must be given."""
+    lines = []
+    for key, field in Config.model_fields.items():
+        choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
+        lines.append(f"# {field.description}{': ' + ' | '.join(choices) if choices else ''}")
+        if field.is_required():
+            lines.append(f"{key}: CHANGE_ME")
+        else:
+            lines.append(f"# {key}: {yaml.safe_dump(field.default).removesuffix('...' + chr(10)).strip()}")
+    return "\n".join(lines)

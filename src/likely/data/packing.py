@@ -1,0 +1,59 @@
+"""The examples of one step -> packs of at most ``pack_tokens`` trie tokens.
+
+The split is a memory knob: edges carry weights and the loss is a sum, so no split changes the step's gradient. It only
+decides how much of a shared prefix is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from likely.data.trie import build_pack, common_prefix, context_length, sort_by_prefix
+from likely.types import Example, Pack
+
+
+def build_packs(examples: Sequence[Example], pack_tokens: int, *, share: bool = True) -> list[Pack]:
+    """Every example that supervises something, in as few packs as their sorted order allows.
+
+    Args:
+        examples: the examples of one step, in any order; the result's edges don't depend on it.
+        pack_tokens: upper bound of trie tokens in one pack.
+        share: False gives each example a pack of its own, for models whose layers can't follow a branch.
+
+    Raises:
+        ValueError: one example alone needs more than ``pack_tokens``.
+    """
+    packs: list[Pack] = []
+    chosen: list[int] = []
+    num_nodes, path = 0, np.empty(0, np.int64)
+    for i in sort_by_prefix(examples):
+        context = examples[i].token_ids_T[: context_length(examples[i])]
+        if len(context) > pack_tokens:
+            raise ValueError(f"{examples[i].source}: {len(context)} context tokens in a pack of {pack_tokens}")
+        added = len(context) - common_prefix(path, context)
+        if chosen and (not share or num_nodes + added > pack_tokens):
+            packs.append(build_pack(examples, chosen))
+            chosen, num_nodes, added = [], 0, len(context)
+        chosen.append(i)
+        num_nodes += added
+        if added:
+            path = context
+    if chosen:
+        packs.append(build_pack(examples, chosen))
+    return packs
+
+
+def supervise_everything(example: Example) -> Example:
+    """The example with weight 1 on every token that has a predecessor: the joint likelihood log P(x, y)."""
+    weights_T = np.ones(len(example.token_ids_T))
+    weights_T[:1] = 0.0
+    return replace(example, weights_T=weights_T)
+
+
+def normalize_per_example(example: Example) -> Example:
+    """The example with its weights divided by their sum, so that a long answer counts as much as a short one."""
+    total = float(example.weights_T.sum())
+    return replace(example, weights_T=example.weights_T / total) if total else example

@@ -1,0 +1,68 @@
+"""One family of errors. Each carries the process's exit code; the command line prints it as one line.
+
+LikelyError            1  a bug of ours
+├── ConfigError        2  usage or config
+├── DataError          3  a data file or a row
+├── ModelError         4  a model, tokenizer, template or checkpoint
+├── ResourceError      5  disk, memory, device, port
+├── NonFiniteError     6  a loss, gradient or weight that is not finite
+└── LockedError        7  the run folder belongs to another process
+"""
+
+
+class LikelyError(Exception):
+    """An error with a place and a way out, printed as ``error: PLACE: MESSAGE; WAY_OUT``.
+
+    Args:
+        message: what is wrong, with the offending value.
+        place: where, as ``file:line`` or a path or a flag; empty where the message says it.
+        way_out: what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, place: str = "", way_out: str = "") -> None:
+        self.message = message
+        self.place = place
+        self.way_out = way_out
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        text = f"{self.place}: {self.message}" if self.place else self.message
+        return f"{text}; {self.way_out}" if self.way_out else text
+
+
+class ConfigError(LikelyError):
+    """A flag, a config key or a combination of them that can't be used."""
+
+    exit_code = 2
+
+
+class DataError(LikelyError):
+    """A data file or a row that can't be trained on as it stands."""
+
+    exit_code = 3
+
+
+class ModelError(LikelyError):
+    """A model, tokenizer, chat template or checkpoint that can't be used."""
+
+    exit_code = 4
+
+
+class ResourceError(LikelyError):
+    """The machine lacks something: disk, memory, a device, a port."""
+
+    exit_code = 5
+
+
+class NonFiniteError(LikelyError):
+    """A loss, a gradient or a weight is NaN or infinite; raised before the update, so the weights are still good."""
+
+    exit_code = 6
+
+
+class LockedError(LikelyError):
+    """Another process holds the run folder."""
+
+    exit_code = 7

@@ -1,0 +1,186 @@
+"""The verdict of a run, as JSON for programs and one self-contained HTML page for people."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from likely.insight.evaluate import Delta, Evaluation
+from likely.insight.lens import Lens
+from likely.types import FloatArray, StepMetrics
+
+BEFORE, AFTER = "#b35806", "#2166ac"  # orange and blue: told apart by every kind of colour vision
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One greedy answer of each model beside the wanted one."""
+
+    prompt: str
+    gold: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the page shows. ``entropy_floor`` is the least training NLL any model can reach; ``nll_before`` and
+    ``nll_after`` are per held-out example, nats per token."""
+
+    title: str
+    facts: dict[str, str]
+    steps: Sequence[StepMetrics]
+    entropy_floor: float
+    base: Evaluation | None = None
+    tuned: Evaluation | None = None
+    delta: Delta | None = None
+    nll_before: Sequence[float] = ()
+    nll_after: Sequence[float] = ()
+    lens: Lens | None = None
+    answers: Sequence[Answer] = ()
+
+    @property
+    def exact_match(self) -> tuple[int, int] | None:
+        """How many greedy answers equal the gold one, before and after."""
+        if not self.answers:
+            return None
+        return sum(a.before == a.gold for a in self.answers), sum(a.after == a.gold for a in self.answers)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence that the figures support, and no more than they do."""
+        if self.base is None or self.tuned is None or self.delta is None:
+            return (
+                "No held-out data was given, so nothing can be said about new examples; "
+                f"the last step's training NLL was {self.steps[-1].nll:.4f} nats per token."
+            )
+        change = f"held-out NLL {self.base.nll:.4f} -> {self.tuned.nll:.4f} nats per token"
+        if self.delta.ci95 is None:
+            return f"One held-out example is too few for a verdict: {change}."
+        low, high = self.delta.ci95
+        effect = "Training helped" if high < 0 else "Training hurt" if low > 0 else "No clear change"
+        return (
+            f"{effect}: {change} (change {self.delta.nll:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]), "
+            f"better on {self.delta.share_better:.0%} of {self.tuned.num_examples} examples."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        before_after = self.exact_match
+        return {
+            "verdict": self.verdict,
+            **{k: v for k, v in asdict(self).items() if k not in {"steps", "nll_before", "nll_after"}},
+            "exact_match": before_after
+            and {"base": before_after[0], "tuned": before_after[1], "of": len(self.answers)},
+            "last_step": asdict(self.steps[-1]) if self.steps else None,
+        }
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """``report.json`` and ``report.html`` in a folder. The page needs nothing from any network."""
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "report.html").write_text(render_html(report), encoding="utf-8")
+
+
+def render_html(report: Report) -> str:
+    """The page, with every picture drawn into it."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("likely.insight", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    pictures = {"curve": _svg(_draw_curve, report)}
+    if report.lens:
+        pictures["lens"] = _svg(_draw_lens, report)
+    if len(report.nll_before) > 1:
+        pictures["scatter"] = _svg(_draw_scatter, report)
+    return environment.get_template("report.html.j2").render(
+        report=report, pictures=pictures, before=BEFORE, after=AFTER, exact_match=report.exact_match
+    )
+
+
+def _svg(draw: Any, report: Report) -> Markup:
+    """An inline SVG of a matplotlib figure; its text stays text, so it can be read aloud and searched."""
+    import matplotlib  # noqa: PLC0415  (a second of start-up that only a report needs)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "likely", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+        draw(figure, report)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    svg = buffer.getvalue()
+    return Markup(svg[svg.index("<svg") :])  # noqa: S704  (drawn here; matplotlib escapes text)
+
+
+def _draw_curve(figure: Any, report: Report) -> None:
+    axes = figure.add_subplot()
+    steps, nll = [m.step for m in report.steps], [m.nll for m in report.steps]
+    axes.plot(steps, nll, color="#777777", linewidth=1, label="training, each step before its update")
+    for evaluation, step, colour, name in (
+        (report.base, 0, BEFORE, "held-out, base"),
+        (report.tuned, steps[-1] if steps else 0, AFTER, "held-out, tuned"),
+    ):
+        if evaluation is not None:
+            low, high = evaluation.ci95 or (evaluation.nll, evaluation.nll)
+            bar = [[evaluation.nll - low], [high - evaluation.nll]]
+            label = f"{name} {evaluation.nll:.3f}"
+            axes.errorbar([step], [evaluation.nll], yerr=bar, fmt="o", capsize=4, color=colour, label=label)
+    axes.axhline(report.entropy_floor, color="#999999", linestyle=":", linewidth=1, label="entropy floor of the data")
+    axes.set_xlabel("step")
+    axes.set_ylabel("NLL, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_lens(figure: Any, report: Report) -> None:
+    assert report.lens is not None  # noqa: S101
+    rows = report.lens.rows
+    axes = figure.add_subplot()
+    y = np.arange(len(rows))
+    for offset, colour, name, values in (
+        (-0.2, BEFORE, "base", [r.before for r in rows]),
+        (0.2, AFTER, "tuned", [r.after for r in rows]),
+    ):
+        bars = axes.barh(y + offset, values, height=0.38, color=colour, label=name)
+        axes.bar_label(bars, [f"{v:.1%}" for v in values], padding=3, fontsize=8)
+    # A dollar sign would start a formula.
+    labels = [visible(r.text).replace("$", r"\$") + ("  (gold)" if r.gold else "") for r in rows]
+    axes.set_yticks(y, labels)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.12)
+    axes.set_xlabel("probability of the next token")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_scatter(figure: Any, report: Report) -> None:
+    axes = figure.add_subplot()
+    before, after = _arrays(report)
+    top = float(max(before.max(), after.max())) * 1.05
+    axes.plot([0, top], [0, top], color="#999999", linewidth=1, linestyle=":", label="no change")
+    for chosen, colour, marker, name in (
+        (after < before, AFTER, "o", "more likely now"),
+        (after >= before, BEFORE, "x", "not more likely"),
+    ):
+        if chosen.any():
+            label = f"{name} ({int(chosen.sum())})"
+            axes.scatter(before[chosen], after[chosen], s=18, color=colour, marker=marker, alpha=0.7, label=label)
+    axes.set_xlabel("NLL per token, base (nats)")
+    axes.set_ylabel("NLL per token, tuned (nats)")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _arrays(report: Report) -> tuple[FloatArray, FloatArray]:
+    return np.array(report.nll_before), np.array(report.nll_after)
+
+
+def visible(text: str) -> str:
+    """White space that a reader could not see, written out."""
+    shown = text.replace("\n", "\\n").replace("\t", "\\t")
+    return f"'{shown}'" if shown != shown.strip() or not shown else shown

@@ -1,0 +1,28 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) by peft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+
+def add_lora(network: Any, *, rank: int, alpha: float | None, seed: int) -> Any:
+    """The network with trainable adapters on every linear layer but the head; it still computes what it did before.
+
+    Args:
+        alpha: the adapters' product is scaled by alpha / rank; 2 x rank where None.
+        seed: of the adapters' first factor; the second one starts at zero.
+    """
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha if alpha is not None else 2 * rank,
+        # Dropout would break the sharing of prefixes: the same context would have several hidden states.
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=type(network).__name__.startswith("GPT2"),
+    )
+    return get_peft_model(network, config)

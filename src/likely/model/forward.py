@@ -1,0 +1,186 @@
+"""A language model as the objective sees it: hidden states over a pack, and the head that turns them into logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+from likely.data.packing import build_packs
+from likely.errors import ModelError
+from likely.model.attention import NAME, TriePlan, trie_attention
+from likely.types import Example, Pack, Source
+
+AttentionInterface.register(NAME, trie_attention)
+
+
+@dataclass(frozen=True)
+class Head:
+    """Hidden state -> logits: ``softcap * tanh(scale * (W h + b) / softcap)``, without the cap where it is None."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Logits (S, V) in at least float32: a bfloat16 logit of 20 is off by up to 0.06, which the loss would show."""
+        wide = torch.promote_types(hidden_SD.dtype, torch.float32)
+        logits = hidden_SD.to(wide) @ self.weight.to(wide).T
+        if self.bias is not None:
+            logits += self.bias
+        if self.scale != 1.0:
+            logits *= self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits.div_(self.softcap)).mul_(self.softcap)
+        return logits
+
+    def through(self, logits: Tensor, dlogits: Tensor) -> Tensor:
+        """Gradient on ``W h + b`` from the gradient on the logits; overwrites ``dlogits``."""
+        if self.softcap is not None:
+            dlogits *= 1 - (logits / self.softcap).square()
+        return dlogits.mul_(self.scale) if self.scale != 1.0 else dlogits
+
+
+@dataclass
+class LanguageModel:
+    """A causal language model of transformers, bare or with adapters of peft.
+
+    ``network`` is what is trained and saved. ``compute_dtype`` is the dtype of the matrix products while training;
+    the weights themselves stay in their own (float32 when training). ``shares`` says whether its layers can follow the
+    branches of a trie; where they can't, each pack must be one chain.
+    """
+
+    network: Any
+    name: str
+    compute_dtype: torch.dtype
+    max_length: int
+    shares: bool = True
+    plain_attention: str = "sdpa"
+
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model, inside the adapters if there are any."""
+        return self.network.get_base_model() if hasattr(self.network, "peft_config") else self.network
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.causal_lm.get_output_embeddings().weight.device
+        return device
+
+    @property
+    def head(self) -> Head:
+        config = self.causal_lm.config.get_text_config()
+        output = self.causal_lm.get_output_embeddings()
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return Head(output.weight, getattr(output, "bias", None), scale, softcap)
+
+    def forward_hidden(self, pack: Pack) -> Tensor:
+        """Final hidden states (T, D) of a pack's nodes.
+
+        Raises:
+            ModelError: some attention layer did not obey the trie, so that its result would be another likelihood.
+        """
+        token_ids = torch.from_numpy(pack.token_T)[None].to(self.device)
+        position_ids = torch.from_numpy(pack.position_T)[None].to(self.device)
+        backbone = self.causal_lm.base_model
+        if not self.shares:
+            if not np.array_equal(pack.position_T, np.arange(pack.num_nodes)):
+                raise ModelError(f"{self.name} can't follow the branches of a trie, and this pack has some")
+            hidden: Tensor = backbone(input_ids=token_ids, use_cache=False).last_hidden_state
+            return hidden[0]
+        plan = TriePlan.of(pack.position_T, self.device)
+        hidden = backbone(
+            input_ids=token_ids, position_ids=position_ids, use_cache=False, trie_plan=plan
+        ).last_hidden_state
+        num_layers = self.causal_lm.config.get_text_config().num_hidden_layers
+        if plan.calls != num_layers:
+            raise ModelError(
+                f"{plan.calls} of {num_layers} layers of {type(self.causal_lm).__name__} attended along the trie"
+            )
+        return hidden[0]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Matrix products in ``compute_dtype`` for what runs inside; weights and sums stay as they are."""
+        if self.compute_dtype == self.head.weight.dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+    @contextmanager
+    def as_transformers_runs_it(self) -> Iterator[Any]:
+        """The network with the attention that transformers itself would use: for ``generate`` and for comparison."""
+        own = self.causal_lm.config._attn_implementation
+        self.causal_lm.set_attn_implementation(self.plain_attention)
+        try:
+            yield self.network
+        finally:
+            self.causal_lm.set_attn_implementation(own)
+
+
+def connect(network: Any, name: str, *, compute_dtype: torch.dtype, max_length: int) -> LanguageModel:
+    """Plug the trie's attention into a transformers model and prove, on a small branching example, that the likelihood
+    equals the one that transformers computes for each sequence alone. A model whose layers can't follow branches is run
+    without sharing; one that disagrees even then is refused.
+
+    Raises:
+        ModelError: the model's likelihood can't be reproduced.
+    """
+    network.eval()  # Dropout would make the likelihood a random number, and differ between branches of a shared prefix.
+    model = LanguageModel(network, name, compute_dtype, max_length)
+    model.plain_attention = model.causal_lm.config._attn_implementation
+    try:
+        model.causal_lm.set_attn_implementation(NAME)
+        if _largest_difference(model) <= _tolerance(model):
+            return model
+    except (ModelError, TypeError, ValueError):
+        pass  # a layer that can't take a trie: proved below that the flat form is right
+    model.causal_lm.set_attn_implementation(model.plain_attention)
+    model.shares = False
+    difference = _largest_difference(model)
+    if not difference <= _tolerance(model):
+        raise ModelError(
+            f"{name}: log-likelihoods differ by {difference:.2g} nats from those of transformers",
+            way_out="this architecture is not supported",
+        )
+    return model
+
+
+def _tolerance(model: LanguageModel) -> float:
+    """Nats. Rounding of the weights' dtype over a few dozen layers; a wrong mask or scale is off by far more."""
+    return {torch.float64: 1e-6, torch.float32: 2e-3}.get(model.head.weight.dtype, 0.3)
+
+
+@torch.no_grad()
+def _largest_difference(model: LanguageModel) -> float:
+    """Over a few short sequences with common prefixes: largest |log P here - log P by transformers|."""
+    vocabulary = model.head.weight.shape[0]
+    rows = [[1, 5, 9, 3, 7, 2], [1, 5, 9, 4, 8, 6, 3], [1, 5, 2, 2, 9]]
+    examples = [
+        Example(
+            np.array(row) % vocabulary,
+            np.array([0.0] + [1.0] * (len(row) - 1)),
+            np.zeros(len(row), np.int8),
+            Source("", 0),
+        )
+        for row in rows
+    ]
+    largest = 0.0
+    for pack in build_packs(examples, 64, share=model.shares):
+        logits = model.head.logits(model.forward_hidden(pack)).double().cpu()
+        for i, edges in zip(pack.example_N, pack.edge_of_N, strict=True):
+            here = torch.log_softmax(logits[pack.source_E[edges]], -1)
+            token_ids = torch.from_numpy(examples[i].token_ids_T)[None].to(model.device)
+            with model.as_transformers_runs_it():
+                there = model.causal_lm(input_ids=token_ids, use_cache=False).logits[0, :-1].double().cpu()
+            difference = (here - torch.log_softmax(there, -1)).abs().max()
+            largest = max(largest, float(difference.nan_to_num(torch.inf)))
+    return largest

@@ -1,0 +1,56 @@
+"""Greedy answers, by transformers' own generate with its cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from likely.model.forward import LanguageModel
+
+BATCH = 16
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: LanguageModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_id: int,
+    max_new_tokens: int,
+    track: Callable[[Iterable[Any], str, int], Iterable[Any]] | None = None,
+) -> list[str]:
+    """The most likely next token, again and again, until ``stop_id``; the text without control tokens, prompt left out.
+
+    Args:
+        prompts: token ids of each prompt.
+        track: shows progress: called with the batches, a title and their number.
+    """
+    # Neighbours of like length need little padding.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    answers = [""] * len(prompts)
+    with model.as_transformers_runs_it() as network:
+        for batch in track(batches, "answering", len(batches)) if track else batches:
+            width = max(len(prompts[i]) for i in batch)
+            ids = torch.full((len(batch), width), stop_id)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(batch):
+                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
+                mask[row, width - len(prompts[i]) :] = 1
+            out = network.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=stop_id,
+                pad_token_id=stop_id,
+            )
+            for row, i in enumerate(batch):
+                answers[i] = tokenizer.decode(out[row, width:].tolist(), skip_special_tokens=True)
+    return answers

@@ -1,0 +1,200 @@
+"""Names -> models, and models -> folders that transformers and peft load without us."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+
+from likely.errors import ModelError
+from likely.model import embedded
+from likely.model.adapters import add_lora
+from likely.model.forward import LanguageModel, connect
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a model stands: a folder or a hub id, and the adapter folder to put on top of it."""
+
+    weights: str
+    adapter: str | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        return self.adapter or self.weights
+
+
+def quiet_transformers() -> None:
+    """Progress and complaints are ours to show."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def find_model(name: str) -> Place:
+    """A Hugging Face folder, a hub id, a run folder (its tuned model), ``RUN@step-N`` or ``smollm2-135m`` -> its place.
+
+    Nothing is fetched here; a hub id is fetched by :func:`load_model`.
+
+    Raises:
+        ModelError: nothing of that name.
+    """
+    if name == embedded.NAME:
+        folder = embedded.embedded_folder()
+        return Place(str(folder) if folder else embedded.HUB_ID)
+    run, _, step = name.partition("@")
+    path = Path(name)
+    if (Path(run) / "run.json").is_file():
+        path = Path(run) / "model"
+        if step:
+            number = step.removeprefix("step-")
+            path = Path(run) / "checkpoints" / (f"step-{int(number):06d}" if number.isdigit() else step) / "model"
+        if not path.is_dir():
+            saved = sorted(p.name for p in (Path(run) / "checkpoints").glob("step-*"))
+            raise ModelError(
+                f"{'no such checkpoint' if step else 'the run has no tuned model yet'}",
+                place=name,
+                way_out=f"saved: {', '.join(saved) or 'none'}",
+            )
+    if path.is_dir():
+        if (path / "adapter_config.json").is_file():
+            return Place(find_model(_base_of_adapter(path)).weights, str(path))
+        if not (path / "config.json").is_file():
+            raise ModelError("the folder has no config.json", place=name, way_out="name a Hugging Face model folder")
+        return Place(str(path))
+    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+        return Place(name)
+    raise ModelError(
+        "no such model", place=name, way_out=f"name a model folder, a hub id like org/name, a run, or {embedded.NAME}"
+    )
+
+
+def _base_of_adapter(folder: Path) -> str:
+    import json  # noqa: PLC0415
+
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError("the adapter does not say which model it belongs to", place=str(folder)) from error
+    return str(base)
+
+
+def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -> Any:
+    """The transformers model at a place, with its adapter if there is one.
+
+    Raises:
+        ModelError: the files can't be read, are not safetensors, or leave some weight without a value.
+    """
+    quiet_transformers()
+    try:
+        network, info = transformers.AutoModelForCausalLM.from_pretrained(
+            place.weights, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"can't be loaded: {line}", place=place.weights) from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        missing = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+        raise ModelError(
+            f"{len(missing)} weights have no value in the files, the first is {missing[0]}",
+            place=place.weights,
+            way_out="name a folder with complete causal language model weights",
+        )
+    network.config.use_cache = True
+    if place.adapter is None:
+        return network
+    try:
+        return PeftModel.from_pretrained(network, place.adapter, is_trainable=trainable)
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"the adapter can't be loaded: {line}", place=place.adapter) from error
+
+
+def load_model(
+    name: str, *, compute_dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> LanguageModel:
+    """The model of a name in float32 weights, ready to be scored."""
+    network = read_network(find_model(name), dtype=torch.float32).to(device or best_device())
+    return connect(network, name, compute_dtype=compute_dtype, max_length=_context_length(network.config))
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What is trained: all weights (``lora_rank`` None), or adapters of that rank."""
+
+    lora_rank: int | None = None
+    lora_alpha: float | None = None
+    seed: int = 0
+
+
+def load_for_training(
+    name: str, tuning: Tuning, *, compute_dtype: torch.dtype, device: torch.device | None = None
+) -> LanguageModel:
+    """The model of a name with float32 master weights and something to train.
+
+    Raises:
+        ModelError: full tuning of an adapter, which would leave its base behind.
+    """
+    place = find_model(name)
+    network = read_network(place, dtype=torch.float32, trainable=True)
+    if tuning.lora_rank is not None and place.adapter is None:
+        network = add_lora(network, rank=tuning.lora_rank, alpha=tuning.lora_alpha, seed=tuning.seed)
+    elif tuning.lora_rank is None and place.adapter is not None:
+        raise ModelError(
+            "this is an adapter, and full tuning trains all weights", place=name, way_out="use --tune lora"
+        )
+    network = network.to(device or best_device())
+    return connect(network, name, compute_dtype=compute_dtype, max_length=_context_length(network.config))
+
+
+def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
+    """The weights, or the adapter alone, with the tokenizer and its template, as files of transformers or peft."""
+    with model.as_transformers_runs_it() as network:
+        if isinstance(network, PeftModel):
+            # "auto" would ask the hub whether the base's vocabulary was resized.
+            network.save_pretrained(folder, save_embedding_layers=False)
+        else:
+            network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _context_length(config: Any) -> int:
+    """The longest sequence the model was made for, in tokens."""
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 where the device multiplies it in hardware, else float32."""
+    if wanted != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = torch.cpu.get_capabilities()
+        fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def read_context_length(place: Place) -> int:
+    """The context length of a model whose weights are not loaded yet.
+
+    Raises:
+        ModelError: there is no config that can be read.
+    """
+    quiet_transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(place.weights, trust_remote_code=False)
+    except Exception as error:
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"no config that can be read: {line}", place=place.weights) from error
+    return _context_length(config)

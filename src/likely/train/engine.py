@@ -1,0 +1,107 @@
+"""The training step, and the loop around it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from likely.data.dataset import examples_of_step
+from likely.data.packing import build_packs, normalize_per_example
+from likely.errors import NonFiniteError
+from likely.model.forward import LanguageModel
+from likely.train.objective import nll_sum
+from likely.train.optim import Schedule, learning_rate_at, set_learning_rate
+from likely.types import Example, Pack, StepMetrics
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What the loop needs to know. ``batch_size`` in examples per optimizer step, ``pack_tokens`` in trie tokens per
+    forward; ``normalize`` as in the config."""
+
+    num_steps: int
+    batch_size: int
+    pack_tokens: int
+    peak_learning_rate: float
+    warmup: float
+    schedule: Schedule
+    max_grad_norm: float
+    normalize: str
+    seed: int
+
+
+def train_step(
+    model: LanguageModel, packs: Sequence[Pack], optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> tuple[float, float]:
+    """One update of the weights towards the gold tokens of all packs together.
+
+    Each pack's sum is divided by the one number of supervised weight of the whole step, so the gradient is that of the
+    mean NLL over the step's tokens, however the step was cut into packs.
+
+    Returns:
+        NLL per unit of weight (nats) before the update, and the gradient's global norm before clipping.
+
+    Raises:
+        NonFiniteError: the loss or the norm is not finite; the weights are as they were.
+    """
+    num_tokens = sum(float(pack.weight_E.sum()) for pack in packs)
+    nll = 0.0
+    for pack in packs:
+        with model.autocast():
+            loss = nll_sum(model, pack)
+        (loss / num_tokens).backward()  # type: ignore[no-untyped-call]
+        nll += float(loss.detach()) / num_tokens
+    trainable = [p for p in model.network.parameters() if p.grad is not None]
+    grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm))
+    if not (torch.tensor([nll, grad_norm]).isfinite().all()):
+        optimizer.zero_grad(set_to_none=True)
+        raise NonFiniteError(f"loss {nll} and gradient norm {grad_norm} before the update")
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return nll, grad_norm
+
+
+def train(
+    model: LanguageModel,
+    examples: Sequence[Example],
+    optimizer: torch.optim.Optimizer,
+    plan: TrainingPlan,
+    on_step: Callable[[StepMetrics], None],
+) -> None:
+    """All steps of a plan; ``on_step`` is called after each with its metrics (it logs, evaluates, saves).
+
+    Raises:
+        NonFiniteError: names the step and the examples in it; the weights are those of the step before.
+    """
+    for step in range(1, plan.num_steps + 1):
+        started = time.perf_counter()
+        chosen = [examples[i] for i in examples_of_step(step, len(examples), plan.batch_size, plan.seed)]
+        weighed = [normalize_per_example(e) for e in chosen] if plan.normalize == "example" else chosen
+        packs = build_packs(weighed, plan.pack_tokens, share=model.shares)
+        learning_rate = learning_rate_at(
+            step, peak=plan.peak_learning_rate, num_steps=plan.num_steps, warmup=plan.warmup, schedule=plan.schedule
+        )
+        set_learning_rate(optimizer, learning_rate)
+        try:
+            nll, grad_norm = train_step(model, packs, optimizer, plan.max_grad_norm)
+        except NonFiniteError as error:
+            raise NonFiniteError(
+                error.message,
+                place=f"step {step}",
+                way_out=f"look at {', '.join(str(e.source) for e in chosen[:8])}, or lower --learning-rate",
+            ) from error
+        on_step(
+            StepMetrics(
+                step=step,
+                nll=nll,
+                tokens=sum(len(e.token_ids_T) for e in chosen),
+                distinct_tokens=sum(pack.num_nodes for pack in packs),
+                supervised_tokens=sum(int((e.weights_T > 0).sum()) for e in chosen),
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                seconds=time.perf_counter() - started,
+            )
+        )

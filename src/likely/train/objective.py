@@ -1,0 +1,169 @@
+"""The objective: the weighted sum of -log P(target | context) over a pack's edges, in nats.
+
+The gradient on the logits of a context is ``W p - sum_e w_e onehot(target_e)``, with p the model's distribution, w_e
+the weights of the context's edges and W their sum. It needs nothing but the logits, so it is computed in the forward,
+chunk by chunk over the S distinct supervised contexts: three matrix products and no tensor of T x V or S x V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from likely.model.forward import Head, LanguageModel
+from likely.types import FloatArray, IntArray, Pack
+
+CHUNK_LOGITS = 1 << 24  # logits held at once: 64 MiB in float32
+
+
+def nll_sum(model: LanguageModel, pack: Pack) -> Tensor:
+    """``sum_e weight_e * -log P(target_e | context of source_e)`` in nats, a float64 scalar with its gradient.
+
+    A pack without edges gives a zero that stays in the graph.
+    """
+    hidden_TD = model.forward_hidden(pack)
+    edges = _Edges.of(pack, hidden_TD.device)
+    head = model.head
+    loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_TD[edges.source_S], head.weight, head.bias, head, edges, model.compute_dtype
+    )
+    return loss
+
+
+@dataclass(frozen=True)
+class EdgeScores:
+    """Aligned with a pack's edges: log-probability of the target (nats); its rank, 1 for the most likely token; the
+    entropy of the model's distribution at the edge's context (nats)."""
+
+    logprob_E: FloatArray
+    rank_E: FloatArray
+    entropy_E: FloatArray
+
+
+@torch.no_grad()
+def score_edges(model: LanguageModel, pack: Pack) -> EdgeScores:
+    """Log-probability, rank and entropy of each edge under the model, by the same hidden states and head as training,
+    in the dtype of the weights."""
+    hidden_TD = model.forward_hidden(pack)
+    edges = _Edges.of(pack, hidden_TD.device)
+    hidden_SD = hidden_TD[edges.source_S]
+    columns: list[Tensor] = []
+    for rows, some in edges.chunks(model.head.weight.shape[0]):
+        logp = torch.log_softmax(model.head.logits(hidden_SD[rows]), dim=-1)
+        gold = logp[some.row_E, some.target_E]
+        rank_E = 1 + (logp[some.row_E] > gold[:, None]).sum(-1)
+        entropy = -(logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1)[some.row_E]
+        columns.append(torch.stack([gold.double(), rank_E.double(), entropy.double()]))
+    result = torch.cat(columns, dim=1).cpu().numpy() if columns else np.empty((3, 0))
+    restored = np.empty_like(result)
+    restored[:, edges.order_E] = result
+    return EdgeScores(*restored)
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """Edges sorted by context. ``row_E`` is the context's row among the S distinct ones; edges of row s are
+    ``first_S[s] .. first_S[s + 1] - 1``; ``order_E`` is where each sorted edge stood in the pack."""
+
+    source_S: Tensor
+    row_E: Tensor
+    target_E: Tensor
+    weight_E: Tensor
+    first_S: list[int]
+    order_E: IntArray
+
+    @classmethod
+    def of(cls, pack: Pack, device: torch.device) -> _Edges:
+        source_S, row_E = np.unique(pack.source_E, return_inverse=True)
+        order_E = np.argsort(row_E, kind="stable")
+        row_E = row_E[order_E]
+        first_S = np.searchsorted(row_E, np.arange(len(source_S) + 1)).tolist()
+        rows = [
+            torch.from_numpy(a).to(device) for a in (source_S, row_E, pack.target_E[order_E], pack.weight_E[order_E])
+        ]
+        return cls(rows[0], rows[1], rows[2], rows[3], first_S, order_E)
+
+    def chunks(self, vocabulary: int) -> Iterator[tuple[slice, _Edges]]:
+        """Rows in pieces of at most CHUNK_LOGITS logits, each with its edges, rows counted from the piece's first."""
+        size = max(1, CHUNK_LOGITS // vocabulary)
+        for start in range(0, len(self.source_S), size):
+            stop = min(start + size, len(self.source_S))
+            some = slice(self.first_S[start], self.first_S[stop])
+            yield (
+                slice(start, stop),
+                _Edges(
+                    self.source_S[start:stop],
+                    self.row_E[some] - start,
+                    self.target_E[some],
+                    self.weight_E[some],
+                    [first - self.first_S[start] for first in self.first_S[start : stop + 1]],
+                    self.order_E[some],
+                ),
+            )
+
+
+def _loss_and_gradient(head: Head, hidden_SD: Tensor, edges: _Edges) -> tuple[Tensor, Tensor]:
+    """Summed loss of some rows and its gradient on their ``W h + b``."""
+    logits = head.logits(hidden_SD)
+    kept = logits.clone() if head.softcap is not None else logits
+    weight_E = edges.weight_E.to(logits.dtype)
+    weight_S = torch.zeros(len(logits), dtype=logits.dtype, device=logits.device).index_add_(0, edges.row_E, weight_E)
+    gold_E = logits[edges.row_E, edges.target_E]
+    top_S = logits.amax(-1)
+    p = logits.sub_(top_S[:, None]).exp_()
+    sum_S = p.sum(-1)
+    nll_E = (top_S + sum_S.log())[edges.row_E] - gold_E
+    p.mul_((weight_S / sum_S)[:, None])
+    p[edges.row_E, edges.target_E] -= weight_E
+    return (edges.weight_E * nll_E.double()).sum(), head.through(kept, p)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Hidden states at the supervised contexts -> loss; the gradients are ready when the forward returns."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_SD: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        head: Head,
+        edges: _Edges,
+        product_dtype: torch.dtype,
+    ) -> Tensor:
+        dhidden_SD = torch.zeros_like(hidden_SD)
+        dweight_VD = torch.zeros_like(weight_VD) if ctx.needs_input_grad[1] else None
+        dbias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
+        narrow_VD = weight_VD.to(product_dtype)
+        total = torch.zeros((), dtype=torch.float64, device=hidden_SD.device)
+        with torch.autocast(hidden_SD.device.type, enabled=False):
+            for rows, some in edges.chunks(len(weight_VD)):
+                loss, dlogits = _loss_and_gradient(head, hidden_SD[rows], some)
+                total += loss
+                if dbias_V is not None:
+                    dbias_V += dlogits.sum(0)
+                dlogits = dlogits.to(product_dtype)
+                dhidden_SD[rows] = (dlogits @ narrow_VD).to(hidden_SD.dtype)
+                if dweight_VD is not None:
+                    _add_product(dweight_VD, dlogits.T, hidden_SD[rows].to(product_dtype))
+        ctx.save_for_backward(dhidden_SD, dweight_VD, dbias_V)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        scale = grads[0]
+        dhidden, dweight, dbias = (None if d is None else d.mul_(scale.to(d.dtype)) for d in ctx.saved_tensors)
+        return dhidden, dweight, dbias, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` without a second tensor of its size where the dtypes agree."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
