@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from likely.model.forward import LanguageModel, connect
-from likely.types import Example, Source
+from likely.types import ROLES, Example, Source
 from naive import Row
 
 torch.set_num_threads(1)  # the models are too small for a second thread to pay for itself
@@ -57,7 +57,7 @@ _GPT_SHAPE = {
     "eos_token_id": 1,
 }
 _BLOOM_SHAPE = {k: _GPT_SHAPE[k] for k in ("vocab_size", "n_layer", "n_head", "initializer_range")}
-_ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+_ROPE = {"rope_theta": 10000.0, "factor": 4.0}
 _GEMMA2 = {
     "head_dim": 8,
     "query_pre_attn_scalar": 8,
@@ -128,13 +128,18 @@ def build_network(name: str) -> Any:
 def _twin(name: str, dtype: torch.dtype) -> Twin:
     network = build_network(name)
     reference = copy.deepcopy(network).double()
-    model = connect(network.to(dtype), name, compute_dtype=dtype, max_length=MAX_LENGTH)
+    model = connect(network.to(dtype), name, compute_dtype=dtype)
     return Twin(name, model, reference)
 
 
 def _make_examples(rows: list[Row]) -> list[Example]:
     return [
-        Example(np.array(ids, np.int64), np.array(weights), np.full(len(ids), 2, np.int8), Source("family.jsonl", line))
+        Example(
+            np.array(ids, np.int64),
+            np.array(weights, np.float64),
+            np.full(len(ids), ROLES.index("assistant"), np.int8),
+            Source("family.jsonl", line),
+        )
         for line, (ids, weights) in enumerate(rows, start=1)
     ]
 

@@ -54,7 +54,7 @@ def _with_config_flags(verb: Callable[..., None]) -> Callable[..., None]:
         default = "" if field.is_required() or field.default is None else f" [{field.default}]"
         help_text = f"{field.description}{default}"
         option = typer.Option(f"--{key.replace('_', '-')}", help=help_text, show_default=False)
-        hint: Any = Annotated[_flag_type(field.annotation) | None, option]  # type: ignore[valid-type]
+        hint: Any = Annotated[_flag_type(field.annotation) | None, option]
         flags.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
     keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
     call.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]

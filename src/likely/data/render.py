@@ -140,7 +140,7 @@ class Renderer:
         controls = [(m.start(), m.end()) for m in self._control.finditer(tail)]
         if tails or not controls:
             raise ModelError(
-                "the chat template ends the assistant's turn with no control token, so a model could never learn to stop",
+                "the chat template ends the assistant's turn with no control token: a model can't learn to stop",
                 way_out="use a template with an end-of-turn token",
             )
         start, stop = controls[0]
@@ -167,7 +167,7 @@ class Renderer:
             spelled = self._control.search(message.content or "")
             if spelled:
                 raise wrong(
-                    f"the {message.role}'s text spells the control token {spelled[0]!r}, which the tokenizer would obey",
+                    f"the {message.role}'s text spells the control token {spelled[0]!r}, which would be obeyed",
                     "remove it from the text; the chat template adds its own",
                 )
             if self.supervision.weighs_prompts and message.role != "assistant" and message.weight != 1:

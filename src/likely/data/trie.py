@@ -33,9 +33,13 @@ def common_prefix(a_T: IntArray, b_T: IntArray) -> int:
 
 def sort_by_prefix(examples: Sequence[Example]) -> list[int]:
     """Indices of the examples that supervise something, in lexicographic order of their tokens, so that examples with a
-    common prefix are neighbours. Ties keep the given order."""
+    common prefix are neighbours, and in an order that does not depend on the given one."""
     # Big-endian bytes compare as the numbers do.
-    keys = {i: e.token_ids_T.astype(">u4").tobytes() for i, e in enumerate(examples) if context_length(e)}
+    keys = {
+        i: (e.token_ids_T.astype(">u4").tobytes(), context_length(e))
+        for i, e in enumerate(examples)
+        if context_length(e)
+    }
     return sorted(keys, key=keys.__getitem__)
 
 
@@ -96,8 +100,9 @@ def runs(position_T: IntArray) -> Iterator[tuple[int, int, IntArray]]:
     """The chains a preorder trie is made of, from its depths alone: ``(start, end, path)`` where each of the nodes
     ``start..end-1`` is the child of the one before it, and ``path`` holds the nodes from the root to the chain's
     parent."""
-    starts = np.flatnonzero(np.diff(position_T, prepend=-1) != 1)
-    starts = np.union1d(starts, [0])[: len(position_T)]
+    if not len(position_T):
+        return
+    starts = np.union1d(0, np.flatnonzero(np.diff(position_T, prepend=-1) != 1))
     path = np.empty(int(position_T.max(initial=-1)) + 1, np.int64)
     for start, end in zip(starts.tolist(), [*starts[1:].tolist(), len(position_T)], strict=True):
         depth = int(position_T[start])

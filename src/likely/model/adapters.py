@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -25,4 +26,6 @@ def add_lora(network: Any, *, rank: int, alpha: float | None, seed: int) -> Any:
         task_type="CAUSAL_LM",
         fan_in_fan_out=type(network).__name__.startswith("GPT2"),
     )
-    return get_peft_model(network, config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft still uses names that transformers is leaving
+        return get_peft_model(network, config)

@@ -90,24 +90,41 @@ class LanguageModel:
         Raises:
             ModelError: some attention layer did not obey the trie, so that its result would be another likelihood.
         """
+        self._check(pack)
         token_ids = torch.from_numpy(pack.token_T)[None].to(self.device)
         position_ids = torch.from_numpy(pack.position_T)[None].to(self.device)
         backbone = self.causal_lm.base_model
         if not self.shares:
-            if not np.array_equal(pack.position_T, np.arange(pack.num_nodes)):
-                raise ModelError(f"{self.name} can't follow the branches of a trie, and this pack has some")
             hidden: Tensor = backbone(input_ids=token_ids, use_cache=False).last_hidden_state
             return hidden[0]
-        plan = TriePlan.of(pack.position_T, self.device)
+        plan = TriePlan(pack.position_T, pack.last_T, self.device)
         hidden = backbone(
             input_ids=token_ids, position_ids=position_ids, use_cache=False, trie_plan=plan
         ).last_hidden_state
-        num_layers = self.causal_lm.config.get_text_config().num_hidden_layers
-        if plan.calls != num_layers:
-            raise ModelError(
-                f"{plan.calls} of {num_layers} layers of {type(self.causal_lm).__name__} attended along the trie"
-            )
+        self._check_obeyed(plan)
         return hidden[0]
+
+    def _check(self, pack: Pack) -> None:
+        if self.causal_lm.training:
+            raise ModelError(f"{self.name} is in training mode, where dropout makes the likelihood random")
+        if pack.position_T.max(initial=0) >= self.max_length:
+            raise ModelError(f"{pack.position_T.max() + 1} tokens, over {self.name}'s limit of {self.max_length}")
+        if not self.shares and not np.array_equal(pack.position_T, np.arange(pack.num_nodes)):
+            raise ModelError(f"{self.name} can't follow the branches of a trie, and this pack has some")
+
+    def _check_obeyed(self, plan: TriePlan) -> None:
+        config = self.causal_lm.config.get_text_config()
+        num_layers = config.num_hidden_layers
+        # Without the list, a configured window is every layer's.
+        kinds = getattr(config, "layer_types", None) or (
+            ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"] * num_layers
+        )
+        num_windows, num_full = kinds.count("sliding_attention"), kinds.count("full_attention")
+        if (plan.windowed_calls, plan.calls - plan.windowed_calls) != (num_windows, num_full):
+            raise ModelError(
+                f"{plan.calls} of {num_layers} layers of {type(self.causal_lm).__name__} attended along the trie,"
+                f" {plan.windowed_calls} of {num_windows} through their window"
+            )
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Matrix products in ``compute_dtype`` for what runs inside; weights and sums stay as they are."""
@@ -126,7 +143,7 @@ class LanguageModel:
             self.causal_lm.set_attn_implementation(own)
 
 
-def connect(network: Any, name: str, *, compute_dtype: torch.dtype, max_length: int) -> LanguageModel:
+def connect(network: Any, name: str, *, compute_dtype: torch.dtype) -> LanguageModel:
     """Plug the trie's attention into a transformers model and prove, on a small branching example, that the likelihood
     equals the one that transformers computes for each sequence alone. A model whose layers can't follow branches is run
     without sharing; one that disagrees even then is refused.
@@ -135,23 +152,40 @@ def connect(network: Any, name: str, *, compute_dtype: torch.dtype, max_length: 
         ModelError: the model's likelihood can't be reproduced.
     """
     network.eval()  # Dropout would make the likelihood a random number, and differ between branches of a shared prefix.
-    model = LanguageModel(network, name, compute_dtype, max_length)
+    model = LanguageModel(network, name, compute_dtype, 0)
+    model.max_length = context_length(model.causal_lm.config)
     model.plain_attention = model.causal_lm.config._attn_implementation
-    try:
-        model.causal_lm.set_attn_implementation(NAME)
-        if _largest_difference(model) <= _tolerance(model):
+    if any("lora_" in key for key, _ in model.causal_lm.get_output_embeddings().named_parameters()):
+        raise ModelError(f"{name} has an adapter on its output layer", way_out="leave lm_head out of target_modules")
+    failure = ""
+    for shares in (True, False):
+        model.shares = shares
+        model.causal_lm.set_attn_implementation(NAME if shares else model.plain_attention)
+        try:
+            difference = _largest_difference(model)
+        except Exception as error:  # the layers are foreign code, and what they raise at a trie is theirs to choose
+            failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+            continue
+        if difference <= _tolerance(model):
             return model
-    except (ModelError, TypeError, ValueError):
-        pass  # a layer that can't take a trie: proved below that the flat form is right
-    model.causal_lm.set_attn_implementation(model.plain_attention)
-    model.shares = False
-    difference = _largest_difference(model)
-    if not difference <= _tolerance(model):
-        raise ModelError(
-            f"{name}: log-likelihoods differ by {difference:.2g} nats from those of transformers",
-            way_out="this architecture is not supported",
-        )
-    return model
+        failure = f"log-likelihoods differ by {difference:.2g} nats from those of transformers"
+    raise ModelError(f"{name}: {failure}", way_out="this architecture is not supported")
+
+
+def context_length(config: Any) -> int:
+    """The longest sequence (tokens) whose likelihood does not depend on what else is in the batch.
+
+    That is the context the model was made for. Rotary embeddings of type ``dynamic`` and ``longrope`` change every
+    position's angle once any sequence of a forward passes the original length, so there it is the original one.
+    """
+    config = config.get_text_config()
+    lengths = [getattr(config, "max_position_embeddings", None) or 1 << 20]
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if parameters.get("rope_type") in {"dynamic", "longrope"}:
+            original = parameters.get("original_max_position_embeddings")
+            lengths.append(original or getattr(config, "original_max_position_embeddings", None) or lengths[0])
+    return int(min(lengths))
 
 
 def _tolerance(model: LanguageModel) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from peft import PeftModel
 from likely.errors import ModelError
 from likely.model import embedded
 from likely.model.adapters import add_lora
-from likely.model.forward import LanguageModel, connect
+from likely.model.forward import LanguageModel, connect, context_length
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -76,8 +78,6 @@ def find_model(name: str) -> Place:
 
 
 def _base_of_adapter(folder: Path) -> str:
-    import json  # noqa: PLC0415
-
     try:
         base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     except (OSError, ValueError, KeyError) as error:
@@ -110,7 +110,9 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -
     if place.adapter is None:
         return network
     try:
-        return PeftModel.from_pretrained(network, place.adapter, is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft still uses names that transformers is leaving
+            return PeftModel.from_pretrained(network, place.adapter, is_trainable=trainable)
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"the adapter can't be loaded: {line}", place=place.adapter) from error
@@ -121,7 +123,7 @@ def load_model(
 ) -> LanguageModel:
     """The model of a name in float32 weights, ready to be scored."""
     network = read_network(find_model(name), dtype=torch.float32).to(device or best_device())
-    return connect(network, name, compute_dtype=compute_dtype, max_length=_context_length(network.config))
+    return connect(network, name, compute_dtype=compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def load_for_training(
             "this is an adapter, and full tuning trains all weights", place=name, way_out="use --tune lora"
         )
     network = network.to(device or best_device())
-    return connect(network, name, compute_dtype=compute_dtype, max_length=_context_length(network.config))
+    return connect(network, name, compute_dtype=compute_dtype)
 
 
 def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
@@ -162,11 +164,6 @@ def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
         else:
             network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _context_length(config: Any) -> int:
-    """The longest sequence the model was made for, in tokens."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20)
 
 
 def best_device() -> torch.device:
@@ -197,4 +194,4 @@ def read_context_length(place: Place) -> int:
     except Exception as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"no config that can be read: {line}", place=place.weights) from error
-    return _context_length(config)
+    return context_length(config)
