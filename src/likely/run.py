@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from likely.train.log import Display, MetricsFile
 from likely.train.optim import build_optimizer
 from likely.types import ROLES, Example, ExampleScore, StepMetrics
 
+MAX_FLOOR_TOKENS = 20_000_000  # about 2 GB of trie
 MIN_PACK_TOKENS = 2048  # matrix products reach full speed well below it, and a laptop has the memory
 
 
@@ -230,7 +231,7 @@ def _compose_report(
         title=f"{Path(inputs.config.data).name} on {inputs.config.model}",
         facts=provenance.facts(inputs.config.model_dump(), origins, steps),
         steps=steps,
-        entropy_floor=entropy_floor(inputs.data.examples),
+        entropy_floor=_entropy_floor(inputs.data.examples),
     )
     if inputs.eval_data is None or before is None or after is None:
         return report
@@ -254,6 +255,12 @@ def _compose_report(
         lens=compare_next_token(inputs.tokenizer, context, gold, before.next_token, after.next_token),
         answers=answers,
     )
+
+
+def _entropy_floor(examples: Sequence[Example]) -> float | None:
+    """One trie over all the data, where it fits in memory beside a model."""
+    num_tokens = sum(len(e.token_ids_T) for e in examples)
+    return entropy_floor(examples) if num_tokens <= MAX_FLOOR_TOKENS else None
 
 
 def demo_config(output: str, *, steps: int | None = None) -> Config:

@@ -38,7 +38,7 @@ class Report:
     title: str
     facts: dict[str, str]
     steps: Sequence[StepMetrics]
-    entropy_floor: float
+    entropy_floor: float | None
     base: Evaluation | None = None
     tuned: Evaluation | None = None
     delta: Delta | None = None
@@ -132,7 +132,10 @@ def _draw_curve(figure: Any, report: Report) -> None:
             bar = [[evaluation.nll - low], [high - evaluation.nll]]
             label = f"{name} {evaluation.nll:.3f}"
             axes.errorbar([step], [evaluation.nll], yerr=bar, fmt="o", capsize=4, color=colour, label=label)
-    axes.axhline(report.entropy_floor, color="#999999", linestyle=":", linewidth=1, label="entropy floor of the data")
+    if report.entropy_floor is not None:
+        axes.axhline(
+            report.entropy_floor, color="#999999", linestyle=":", linewidth=1, label="entropy floor of the data"
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("NLL, nats per token")
     axes.set_ylim(bottom=0)
@@ -183,4 +186,4 @@ def _arrays(report: Report) -> tuple[FloatArray, FloatArray]:
 def visible(text: str) -> str:
     """White space that a reader could not see, written out."""
     shown = text.replace("\n", "\\n").replace("\t", "\\t")
-    return f"'{shown}'" if shown != shown.strip() or not shown else shown
+    return f"'{shown}'" if text != text.strip() or not text else shown

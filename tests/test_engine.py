@@ -1,0 +1,162 @@
+"""The step and the loop: one global mean, a learning rate that is a function, nothing updated by what is not finite."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from likely.data.packing import build_packs
+from likely.errors import NonFiniteError
+from likely.model.forward import LanguageModel, connect
+from likely.train import engine
+from likely.train.checkpoint import save_checkpoint
+from likely.train.optim import build_optimizer, learning_rate_at, set_learning_rate
+from likely.types import Example, StepMetrics
+
+PLAN = engine.TrainingPlan(
+    num_steps=4,
+    batch_size=3,
+    pack_tokens=64,
+    peak_learning_rate=1e-2,
+    warmup=0.25,
+    schedule="cosine",
+    max_grad_norm=1.0,
+    normalize="token",
+    seed=5,
+)
+
+
+def rows() -> list[tuple[list[int], list[float]]]:
+    rng = np.random.default_rng(3)
+    made = []
+    for _ in range(7):
+        length = int(rng.integers(3, 12))
+        ids = [1, 2, *rng.integers(0, 60, length).tolist()]
+        made.append((ids, [0.0, 0.0, *rng.choice([0.0, 0.5, 1.0], length).tolist()[:-1], 1.0]))
+    return made
+
+
+def trained(
+    network: Any, examples: list[Example], plan: engine.TrainingPlan
+) -> tuple[dict[str, Any], list[StepMetrics]]:
+    model = connect(copy.deepcopy(network), "tiny", compute_dtype=torch.float64)
+    seen: list[StepMetrics] = []
+    engine.train(model, examples, build_optimizer(model.network.parameters(), 0.0), plan, seen.append)
+    return dict(model.network.named_parameters()), seen
+
+
+def test_training_lowers_the_loss_and_repeats_bit_for_bit(make_network: Any, make_examples: Any) -> None:
+    network, examples = make_network("llama").double(), make_examples(rows())
+    first, metrics = trained(network, examples, replace(PLAN, num_steps=30))
+    again, metrics_again = trained(network, examples, replace(PLAN, num_steps=30))
+    assert metrics[-1].nll < 0.7 * metrics[0].nll
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert [m.nll for m in metrics] == [m.nll for m in metrics_again]
+
+
+@pytest.mark.parametrize("normalize", ["token", "example"])
+def test_the_split_into_packs_changes_no_weight(make_network: Any, make_examples: Any, normalize: str) -> None:
+    network, examples = make_network("gpt2").double(), make_examples(rows())
+    plan = replace(PLAN, normalize=normalize)
+    whole, metrics = trained(network, examples, plan)
+    split, metrics_split = trained(network, examples, replace(plan, pack_tokens=14))
+    for name in whole:
+        torch.testing.assert_close(whole[name], split[name], rtol=0, atol=1e-7)  # AdamW's division magnifies rounding
+    # float64: the same sums in another order
+    assert [m.nll for m in metrics] == pytest.approx([m.nll for m in metrics_split], rel=1e-9)
+    assert sum(m.distinct_tokens for m in metrics) < sum(m.distinct_tokens for m in metrics_split)
+
+
+def test_metrics_count_what_they_say(make_network: Any, make_examples: Any) -> None:
+    examples = make_examples([([1, 2, 3, 4], [0, 0, 1, 1]), ([1, 2, 5, 6], [0, 0, 0, 1])])
+    _, [metrics] = trained(make_network("gpt2").double(), examples, replace(PLAN, num_steps=1, batch_size=2))
+    # contexts 1, 12, 123 and 125: the last token of each row predicts nothing
+    assert (metrics.tokens, metrics.distinct_tokens, metrics.supervised_tokens) == (8, 4, 3)
+    assert metrics.learning_rate == PLAN.peak_learning_rate
+    assert metrics.seconds > 0
+
+
+def test_one_step_is_adamw_on_the_mean_nll(make_network: Any, make_examples: Any) -> None:
+    """The update of the first step has a closed form: -lr * g / (|g| + eps), after clipping."""
+    network = make_network("gpt2").double()
+    model = connect(copy.deepcopy(network), "tiny", compute_dtype=torch.float64)
+    examples = make_examples(rows()[:3])
+    optimizer = build_optimizer(model.network.parameters(), 0.0)
+    set_learning_rate(optimizer, 1e-3)
+    engine.train_step(model, build_packs(examples, 100), optimizer, max_grad_norm=0.5)
+
+    ids = [torch.tensor(e.token_ids_T)[None] for e in examples]
+    total = sum(
+        -(
+            torch.log_softmax(network(x).logits[0, :-1], -1).gather(1, x[0, 1:, None])[:, 0]
+            * torch.tensor(e.weights_T[1:])
+        ).sum()
+        for x, e in zip(ids, examples, strict=True)
+    )
+    (total / sum(e.weights_T.sum() for e in examples)).backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in network.parameters()))
+    for (name, before), after in zip(network.named_parameters(), model.network.parameters(), strict=True):
+        gradient = before.grad * min(1.0, 0.5 / (float(norm) + 1e-6))
+        expected = before.detach() - 1e-3 * gradient / (gradient.abs() + 1e-8)
+        # eps is of the size of the smallest gradients, so their last digits show
+        torch.testing.assert_close(after.detach(), expected, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_what_is_not_finite_changes_no_weight(make_network: Any, make_examples: Any) -> None:
+    network = make_network("gpt2").double()
+    model = connect(network, "tiny", compute_dtype=torch.float64)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    before["transformer.ln_f.bias"][0] = math.inf
+    network.load_state_dict(before, strict=False)
+    optimizer = build_optimizer(network.parameters(), 0.0)
+    examples = [replace(e, source=replace(e.source, file="rows.jsonl")) for e in make_examples(rows())]
+    with pytest.raises(NonFiniteError, match=r"step 1: .*rows.jsonl") as caught:
+        engine.train(model, examples, optimizer, PLAN, lambda _: None)
+    assert caught.value.exit_code == 6
+    for name, parameter in network.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_learning_rate(schedule: Any) -> None:
+    rates = [learning_rate_at(s, peak=1.0, num_steps=20, warmup=0.2, schedule=schedule) for s in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4] == 1.0  # the cosine starts at its top
+    if schedule == "constant":
+        assert set(rates[3:]) == {1.0}
+    else:
+        assert rates[4:] == sorted(rates[4:], reverse=True)
+        assert rates[12] == pytest.approx(0.5)
+        assert rates[-1] > 0  # no step is wasted on a rate of zero
+    assert learning_rate_at(1, peak=1.0, num_steps=1, warmup=0.0, schedule=schedule) == 1.0
+
+
+def test_decay_is_for_matrices_only(make_network: Any) -> None:
+    network = make_network("gpt2")
+    groups = build_optimizer(network.parameters(), 0.1).param_groups
+    assert {p.ndim >= 2 for p in groups[0]["params"]} == {True}
+    assert {p.ndim >= 2 for p in groups[1]["params"]} == {False}
+    assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
+
+
+def test_checkpoint_holds_the_optimizer_and_no_pickle(tmp_path: Any, make_network: Any, make_examples: Any) -> None:
+    from safetensors.torch import load_file
+
+    network = make_network("gpt2").double()
+    model: LanguageModel = connect(network, "tiny", compute_dtype=torch.float64)
+    optimizer = build_optimizer(network.parameters(), 0.0)
+    engine.train(model, make_examples(rows()), optimizer, replace(PLAN, num_steps=2), lambda _: None)
+    folder = save_checkpoint(tmp_path, 2, network, optimizer, network.save_pretrained)
+    assert folder.name == "step-000002"
+    stored = load_file(folder / "optimizer.safetensors")
+    for name, parameter in network.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(stored[f"{name}.{key}"], optimizer.state[parameter][key])
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".safetensors"}
