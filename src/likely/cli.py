@@ -82,7 +82,7 @@ def train(
 
 @app.command()
 def demo(
-    output: Annotated[str, typer.Option("--output", help="run folder to create")] = "runs/demo",
+    output: Annotated[str | None, typer.Option("--output", help="run folder to create [runs/demo]")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="fewer optimizer steps")] = None,
     as_json: Json = False,
 ) -> None:

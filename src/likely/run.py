@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -98,6 +100,9 @@ def _free_folder(output: str) -> Path:
     folder = Path(output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError("the run folder is not empty", place=output, way_out="name another --output or remove it")
+    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ResourceError(f"{parent} can't be written to", place=output, way_out="name another --output")
     return folder
 
 
@@ -263,19 +268,21 @@ def _entropy_floor(examples: Sequence[Example]) -> float | None:
     return entropy_floor(examples) if num_tokens <= MAX_FLOOR_TOKENS else None
 
 
-def demo_config(output: str, *, steps: int | None = None) -> Config:
-    """The demo's training: the embedded model learns to answer a capital's name first."""
+def demo_config(output: str | None = None, *, steps: int | None = None) -> Config:
+    """The demo's training: the embedded model learns to answer a capital's name first. Without an ``output``, the first
+    of runs/demo, runs/demo-2, ... that is free."""
+    if output is None:
+        names = itertools.chain(["runs/demo"], (f"runs/demo-{i}" for i in itertools.count(2)))
+        output = next(name for name in names if not Path(name).exists())
     data = Path(__file__).parent / "demo"
     return Config(
         model="smollm2-135m",
         data=str(data / "train.jsonl"),
         eval_data=str(data / "eval.jsonl"),
         output=output,
-        tune="full",
-        learning_rate=5e-5,
+        learning_rate=3e-4,
         epochs=2.0,
         steps=steps,
-        batch_size=12,
     )
 
 
