@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from likely.errors import ConfigError
 
 PositiveInt = Annotated[int, Field(gt=0)]
+
+
+def _not_a_switch(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is meant, not a switch (YAML reads yes, no, on and off as true and false)")
+    return value
+
+
 # YAML 1.1 reads 2e-4 as text, so numbers with an exponent must be let through as such.
-Number = Annotated[float, Field(strict=False)]
+Number = Annotated[float, Field(strict=False), BeforeValidator(_not_a_switch)]
 
 
 class Config(BaseModel):
@@ -109,8 +117,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"broken YAML: {error.problem}", place=f"{path}:{line}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"broken YAML: {error}", place=str(path)) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        detail = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ConfigError(f"broken YAML: {detail}", place=str(path)) from error
     if not isinstance(loaded, dict):
         raise ConfigError("not a mapping of keys to values", place=str(path), way_out="write key: value lines")
     return loaded

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +48,40 @@ def _rows(path: Path) -> Iterator[tuple[Any, Source]]:
 
 
 def _parse_json(raw: bytes, source: Source) -> Any:
+    def wrong(message: str, way_out: str = "one JSON object a line (JSONL)") -> DataError:
+        return DataError(message, place=str(source), way_out=way_out)
+
     try:
-        return json.loads(raw.decode("utf-8-sig" if source.line == 1 else "utf-8"), parse_constant=_no_constant)
+        text = raw.decode("utf-8-sig" if source.line == 1 else "utf-8")
+        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
+        if r"\ud" in text.lower():  # half a surrogate pair is JSON but no text
+            json.dumps(row, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8 at byte {error.start} of the line", place=str(source), way_out="save the file as UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        hint = "one JSON object a line (JSONL)"
-        if source.line == 1 and raw.lstrip()[:1] in {b"[", b"{"} and raw.strip() in {b"[", b"{"}:
-            hint = "this looks like one JSON document: write one row a line instead"
-        detail = str(error) if not isinstance(error, RecursionError) else "nested too deeply"
-        raise DataError(f"broken JSON: {detail}", place=str(source), way_out=hint) from error
+        raise wrong(f"not UTF-8 at byte {error.start} of the line", "save the file as UTF-8") from error
+    except UnicodeEncodeError as error:
+        raise wrong(r"half of a surrogate pair (\ud800 to \udfff)", "write the whole character") from error
+    except json.JSONDecodeError as error:
+        document = source.line == 1 and raw.strip() in {b"[", b"{"}
+        hint = {"way_out": "this looks like one JSON document: write one row a line instead"} if document else {}
+        raise wrong(f"broken JSON at column {error.pos + 1}: {error.msg}", **hint) from error
+    except ValueError as error:
+        raise wrong(f"broken JSON: {error}") from error
+    except RecursionError as error:
+        raise wrong("broken JSON: nested too deeply") from error
+    return row
 
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of some pairs; a key that stands twice would lose one of its values."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    return found
 
 
 def parse_row(row: Any, source: Source) -> Conversation:
@@ -79,13 +98,14 @@ def parse_row(row: Any, source: Source) -> Conversation:
             place=str(source),
             way_out='put "weight" on the assistant messages',
         )
-    shapes = [key for key in ("messages", "prompt") if key in row]
-    if len(shapes) == 2:
-        raise DataError('the row has both "messages" and "prompt"', place=str(source), way_out="keep one of them")
+    shapes = [key for key in ("messages", "prompt", "completion") if key in row]
+    if "messages" in shapes and len(shapes) > 1:
+        message = f'the row has both "messages" and "{shapes[1]}"'
+        raise DataError(message, place=str(source), way_out="keep one of them")
     tools = _tools(row.get("tools"), source)
     if shapes == ["messages"]:
         conversation = Conversation(_messages(row["messages"], "messages", source), source, tools)
-    elif shapes == ["prompt"] and "completion" in row:
+    elif shapes == ["prompt", "completion"]:
         conversation = _prompt_completion(row["prompt"], row["completion"], tools, source)
     else:
         keys = ", ".join(map(repr, list(row)[:6])) or "no keys"
@@ -100,7 +120,9 @@ def _prompt_completion(prompt: Any, completion: Any, tools: tuple[dict[str, Any]
         return Conversation((Message("user", prompt), Message("assistant", completion)), source, tools, plain=True)
     if isinstance(prompt, list) and isinstance(completion, list):
         # Only the completion is to be learnt, so answers inside the prompt are context.
-        context = tuple(Message(m.role, m.content, 0.0, m.fields) for m in _messages(prompt, "prompt", source))
+        context = tuple(
+            replace(m, weight=0.0) if m.role == "assistant" else m for m in _messages(prompt, "prompt", source)
+        )
         return Conversation(context + _messages(completion, "completion", source), source, tools)
     raise DataError(
         f'"prompt" is {_kind(prompt)} and "completion" is {_kind(completion)}',

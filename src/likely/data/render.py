@@ -16,8 +16,8 @@ model must say in that turn, and nothing else is. Where it can't be shown the ro
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from likely.types import ROLES, Conversation, Example, IntArray, Message, Source
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
 PROBES = ("Alpha, beta.", "Gamma 7 delta")
+_ELSEWHERE = "\ue000"  # a private character, so that it has nothing in common with any content
 _NOWHERE = Source("the chat template", 0)
 
 
@@ -78,8 +79,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.supervision = supervision or Supervision()
         self.has_template = tokenizer.chat_template is not None
-        controls = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len)
-        self._control = re.compile("|".join(re.escape(c) for c in reversed(controls)) or r"(?!)")
+        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        controls = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
 
     def render(self, conversation: Conversation) -> list[Example]:
         """The conversation's examples: one where the template keeps history as it was said, else one an assistant turn.
@@ -102,17 +104,16 @@ class Renderer:
             (start, stop, conversation.messages[i].weight) for i, (_, start, stop) in zip(turns, spans, strict=True)
         ]
         if all(np.array_equal(ids[:stop], whole[:stop]) for ids, _, stop in spans):
-            return [self._example(conversation, whole, self._roles(conversation, text), marked)]
+            return [self._example(conversation, whole, self._roles(conversation, text, end), marked)]
         if self.supervision.weighs_prompts:
             raise DataError(
                 "the chat template rewrites earlier turns, so the conversation has no single joint likelihood",
                 place=str(conversation.source),
                 way_out="train on assistant turns only (train_on assistant, prompt_weight 0)",
             )
-        texts = [self._text(conversation, i + 1) for i in turns]
         return [
-            self._example(conversation, ids, self._roles(conversation, text), [span])
-            for (ids, _, _), text, span in zip(spans, texts, marked, strict=True)
+            self._example(conversation, ids, self._roles(conversation, self._text(conversation, i + 1), i + 1), [span])
+            for i, (ids, _, _), span in zip(turns, spans, marked, strict=True)
         ]
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
@@ -135,27 +136,30 @@ class Renderer:
             if token_id is None:
                 raise ModelError("the tokenizer has no end-of-text token", way_out="set eos_token in its config")
             return EndOfTurn(token_id, ())
-        tails = {self._tail(probe) for probe in PROBES}
-        tail = tails.pop()
-        controls = [(m.start(), m.end()) for m in self._control.finditer(tail)]
-        if tails or not controls:
-            raise ModelError(
-                "the chat template ends the assistant's turn with no control token: a model can't learn to stop",
-                way_out="use a template with an end-of-turn token",
-            )
-        start, stop = controls[0]
-        (token_id,) = self._ids(tail[start:stop]).tolist()
-        return EndOfTurn(token_id, tuple(self._ids(tail[stop:]).tolist()))
+        first, second = (self._probe(answer) for answer in PROBES)
+        if first != second:
+            raise ModelError("what follows the assistant's turn depends on the answer", way_out="fix the chat template")
+        return first
 
-    def _tail(self, answer: str) -> str:
-        """What the template writes after an answer."""
+    def _probe(self, answer: str) -> EndOfTurn:
+        """What the template writes after an answer, as tokens in their place."""
         try:
             text = self._text(Conversation((Message("user", "Hi"), Message("assistant", answer)), _NOWHERE), 2)
         except DataError as error:
             raise ModelError(error.message, way_out="fix the chat template") from error
         if answer not in text:
             raise ModelError("the chat template does not show the assistant's answer", way_out="fix the chat template")
-        return text[text.rindex(answer) + len(answer) :]
+        control = self._control.search(text, text.rindex(answer) + len(answer))
+        if control is None:
+            raise ModelError(
+                "the chat template ends the assistant's turn with no control token: a model can't learn to stop",
+                way_out="use a template with an end-of-turn token",
+            )
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, starts = encoding["input_ids"], [start for start, _ in encoding["offset_mapping"]]
+        # A token may have taken in the white space before it.
+        index = max(i for i, start in enumerate(starts) if start <= control.start())
+        return EndOfTurn(ids[index], tuple(ids[index + 1 :]))
 
     def _check(self, conversation: Conversation) -> None:
         def wrong(message: str, way_out: str) -> DataError:
@@ -163,13 +167,15 @@ class Renderer:
 
         if not any(m.role == "assistant" for m in conversation.messages):
             raise wrong("no assistant turn, so nothing to train on", "add an assistant message or remove the row")
-        for message in conversation.messages:
-            spelled = self._control.search(message.content or "")
+        texts = [(f"the {m.role}'s text spells", [m.content, m.fields]) for m in conversation.messages]
+        for who, text in (*texts, ("the tools spell", conversation.tools)):
+            spelled = next(filter(None, map(self._control.search, _strings(text))), None)
             if spelled:
                 raise wrong(
-                    f"the {message.role}'s text spells the control token {spelled[0]!r}, which would be obeyed",
+                    f"{who} the control token {spelled[0]!r}, which would be obeyed",
                     "remove it from the text; the chat template adds its own",
                 )
+        for message in conversation.messages:
             if self.supervision.weighs_prompts and message.role != "assistant" and message.weight != 1:
                 raise wrong(
                     f"weight {message.weight:g} on a {message.role} message", "give weights to assistant messages"
@@ -221,21 +227,26 @@ class Renderer:
         weights_T[:1] = 0.0
         return Example(ids, weights_T, role_T, conversation.source)
 
-    def _roles(self, conversation: Conversation, text: str) -> Any:
-        """The message that each token belongs to, by how far the rendered text reaches message by message. Only for
-        display and counts: what is supervised never depends on it."""
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        start_T = np.array([start for start, _ in encoding["offset_mapping"]], np.int64)
-        role_T = np.full(len(start_T), ROLES.index(conversation.messages[0].role), np.int8)
-        for i, message in enumerate(conversation.messages[1:], 1):
+    def _roles(self, conversation: Conversation, text: str, num_messages: int) -> Any:
+        """The message that each token belongs to: up to the end of its content and of what the template closes it with.
+        Only for display and counts: what is supervised never depends on it."""
+        messages = conversation.messages[:num_messages]
+        ends: list[int] = []
+        for i, message in enumerate(messages):
+            # Another content in its place shows where the content ends, and what the template puts behind it.
+            changed = (*messages[:i], replace(message, content=_ELSEWHERE), *messages[i + 1 :])
             try:
-                before = self._text(conversation, i)
-            except DataError:  # some templates refuse a lone system message; its tokens count as the next message's
-                role_T[:] = ROLES.index(message.role)
+                other = self._text(replace(conversation, messages=changed), num_messages)
+                closing = self._text(replace(conversation, messages=changed), i + 1).rpartition(_ELSEWHERE)[2]
+            except DataError:  # some templates refuse a lone system message: its tokens count as the next one's
+                ends.append(ends[-1] if ends else 0)
                 continue
-            if text.startswith(before):
-                role_T[start_T >= len(before)] = ROLES.index(message.role)
-        return role_T
+            end = len(text) - _num_common(text[::-1], other[::-1])
+            ends.append(end + _num_common(text[end:], closing))
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        last_T = np.array([end for _, end in encoding["offset_mapping"]], np.int64)
+        message_T = np.searchsorted(np.maximum.accumulate(ends), last_T).clip(max=len(messages) - 1)
+        return np.array([ROLES.index(m.role) for m in messages], np.int8)[message_T]
 
     def _render_plain(self, conversation: Conversation) -> Example:
         """Prompt and completion joined as they are, and the end-of-text token, for a tokenizer without a template."""
@@ -284,3 +295,20 @@ class Renderer:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _num_common(a: str, b: str) -> int:
+    """Length of the common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string inside a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _strings(list(value))
+        yield from _strings(list(value.values()))
+    elif isinstance(value, Sequence):
+        for item in value:
+            yield from _strings(item)
