@@ -17,6 +17,7 @@ from likely.model.forward import LanguageModel, connect
 from likely.train import engine
 from likely.train.checkpoint import save_checkpoint
 from likely.train.optim import build_optimizer, learning_rate_at, set_learning_rate
+from likely.train.step import train_step
 from likely.types import Example, StepMetrics
 
 PLAN = engine.TrainingPlan(
@@ -89,7 +90,7 @@ def test_one_step_is_adamw_on_the_mean_nll(make_network: Any, make_examples: Any
     examples = make_examples(rows()[:3])
     optimizer = build_optimizer(model.network.parameters(), 0.0)
     set_learning_rate(optimizer, 1e-3)
-    engine.train_step(model, build_packs(examples, 100), optimizer, max_grad_norm=0.5)
+    train_step(model, build_packs(examples, 100), optimizer, max_grad_norm=0.5)
 
     ids = [torch.tensor(e.token_ids_T)[None] for e in examples]
     total = sum(

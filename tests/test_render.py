@@ -365,6 +365,21 @@ def test_text_is_never_cut_or_padded(tmp_path: Path) -> None:
     assert_weights(loaded, example, flatten(CHAT.pieces(messages)))
 
 
+def test_a_first_token_of_template_and_tokenizer_stands_once() -> None:
+    # The post-processor adds one to every text too, as Llama 3's does: the template's is the one that counts.
+    style = STYLES["llama-3"]
+    tokenizer = build_tokenizer.__wrapped__(style.template, style.control, style.end)
+    named = [(style.start, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{style.start} $A", special_tokens=named
+    )
+    messages = CONVERSATIONS["three turns"]
+    renderer = Renderer(tokenizer)
+    (example,) = renderer.render(conversation_of(messages))
+    assert_weights(tokenizer, example, flatten(style.pieces(messages)))
+    assert renderer.prompt_ids(messages[:1]).count(tokenizer.bos_token_id) == 1
+
+
 # --- weights ---
 
 WEIGHED = (
@@ -575,7 +590,12 @@ UNPROVABLE = {
     "answer before the question": (TURN.replace("messages", "messages | reverse") + PROMPT, "prefix"),
     "end depends on the answer": (
         TURN.replace("'<|im_end|>\n'", "('<|im_start|>' if 'Hello' in m.content else '<|im_end|>')") + PROMPT,
-        "end-of-turn",
+        "it ends with",
+    ),
+    # Here the end of turn stands once and in its place, but more follows than after other answers.
+    "text after the end depends on the answer": (
+        TURN.replace("'<|im_end|>\n'", "'<|im_end|>' + ('!!\n' if 'Hello' in m.content else '\n')") + PROMPT,
+        "it ends with",
     ),
     "end twice": (
         TURN.replace("m.content +", "m.content + ('<|im_end|>' if 'Hello' in m.content else '') +") + PROMPT,

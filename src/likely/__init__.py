@@ -69,10 +69,10 @@ def score(*, model: str, data: str, base: str | None = None) -> Iterator[dict[st
     Raises:
         LikelyError: of the kind that fits the fault.
     """
-    from likely.run import score as run_score
+    from likely.look import score as look_score
     from likely.train.log import Display
 
-    return run_score(data, model, base, Display(quiet=True))
+    return look_score(data, model, base, Display(quiet=True))
 
 
 def evaluate(*, model: str, data: str, base: str | None = None) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def evaluate(*, model: str, data: str, base: str | None = None) -> dict[str, Any
     Raises:
         LikelyError: of the kind that fits the fault.
     """
-    from likely.run import evaluate as run_evaluate
+    from likely.look import evaluate as look_evaluate
     from likely.train.log import Display
 
-    return run_evaluate(data, model, base, Display(quiet=True))
+    return look_evaluate(data, model, base, Display(quiet=True))

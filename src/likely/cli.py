@@ -14,8 +14,9 @@ from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 import typer
+from pydantic import BaseModel
 
-from likely.config import Config, make_config, read_yaml, template_yaml
+from likely.config import Config, ExplainSettings, make_config, make_settings, read_yaml, template_yaml
 from likely.errors import LikelyError, ResourceError
 
 app = typer.Typer(
@@ -41,30 +42,34 @@ def _flag_type(annotation: Any) -> Any:
     return annotation
 
 
-def _with_config_flags(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb one flag per config field; those the user gave arrive as ``settings``."""
+def _with_flags(kind: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb one flag per field of its settings; those the user gave arrive as ``settings``."""
 
-    def call(**values: Any) -> None:
-        settings = {key: values.pop(key) for key in Config.model_fields}
-        verb(settings={k: v for k, v in settings.items() if v is not None}, **values)
+    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
+        def call(**values: Any) -> None:
+            settings = {key: values.pop(key) for key in kind.model_fields}
+            verb(settings={k: v for k, v in settings.items() if v is not None}, **values)
 
-    own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "settings"]
-    flags = []
-    for key, field in Config.model_fields.items():
-        default = "" if field.is_required() or field.default is None else f" [{field.default}]"
-        help_text = f"{field.description}{default}"
-        option = typer.Option(f"--{key.replace('_', '-')}", help=help_text, show_default=False)
-        hint: Any = Annotated[_flag_type(field.annotation) | None, option]
-        flags.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
-    keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-    call.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]
-    call.__annotations__ = {p.name: p.annotation for p in [*keyword, *flags]}
-    call.__doc__ = verb.__doc__
-    return call
+        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "settings"]
+        flags = []
+        for key, field in kind.model_fields.items():
+            default = "" if field.is_required() or field.default in (None, False) else f" [{field.default}]"
+            option = typer.Option(
+                f"--{key.replace('_', '-')}", help=f"{field.description}{default}", show_default=False
+            )
+            hint: Any = Annotated[_flag_type(field.annotation) | None, option]
+            flags.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
+        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        call.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in [*keyword, *flags]}
+        call.__doc__ = verb.__doc__
+        return call
+
+    return decorate
 
 
 @app.command("train")
-@_with_config_flags
+@_with_flags(Config)
 def train(
     settings: dict[str, Any],
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings; flags go over them")] = None,
@@ -102,7 +107,7 @@ def score(
     base: Base = None,
 ) -> None:
     """Write the exact log-likelihood of every token of every example."""
-    from likely import run
+    from likely import look
     from likely.train.log import Display
 
     display = Display()
@@ -110,7 +115,7 @@ def score(
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
         with unfinished.open("w", encoding="utf-8") as file:
-            for record in run.score(data, model, base, display):
+            for record in look.score(data, model, base, display):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 total_nats += record["nll_nats"]
                 total_tokens += record["num_tokens"]
@@ -125,10 +130,10 @@ def score(
 @app.command()
 def evaluate(data: Data, model: Model, base: Base = None, as_json: Json = False) -> None:
     """Held-out negative log-likelihood with its interval, beside a base model's."""
-    from likely import run
+    from likely import look
     from likely.train.log import Display
 
-    result = run.evaluate(data, model, base, Display())
+    result = look.evaluate(data, model, base, Display())
     if as_json:
         _print(json.dumps(result))
         return
@@ -142,6 +147,23 @@ def evaluate(data: Data, model: Model, base: Base = None, as_json: Json = False)
     if result["delta"]:
         interval = "" if result["delta"]["ci95"] is None else " [{:+.4f}, {:+.4f}]".format(*result["delta"]["ci95"])
         _print(f"change {result['delta']['nll']:+.4f}{interval}, better on {result['delta']['share_better']:.0%}")
+
+
+@app.command("explain")
+@_with_flags(ExplainSettings)
+def explain(settings: dict[str, Any], as_json: Json = False) -> None:
+    """One answer under the lens: distributions, p - onehot, and what a step will do."""
+    asked = make_settings(ExplainSettings, settings)
+    if asked.distribution is not None:
+        from likely.insight.distribution import explain_distribution
+
+        told = explain_distribution(asked.distribution, asked.against, asked.rate)
+        _print(json.dumps(told) if as_json else _pulls_table(told))
+        return
+    from likely import look
+
+    result = look.explain(asked)
+    _print(json.dumps(result) if as_json else _explanation(result))
 
 
 @app.command()
@@ -162,6 +184,50 @@ def env(as_json: Json = False) -> None:
     _print(json.dumps(found) if as_json else "\n".join(f"{name}: {value}" for name, value in found.items()))
 
 
+def _pulls_table(told: dict[str, Any]) -> str:
+    lines = [f"{'token':>18} {'p':>8}  p - onehot   after"]
+    for pull in told["pulls"]:
+        text = pull["text"] + (" (gold)" if pull["gold"] else "")
+        lines.append(f"{text:>18} {pull['probability']:8.4f}   {pull['gradient']:+9.4f} {pull['after']:7.4f}")
+    return "\n".join([*lines, "", told["words"], *filter(None, [told["better"]])])
+
+
+def _explanation(result: dict[str, Any]) -> str:
+    lines = [f"After: {result['context']!r}", ""]
+    for token in result["tokens"]:
+        lines.append(f"{token['text']!r}")
+        for state in ("A", "B"):
+            belief = token[state]
+            if belief:
+                rivals = ", ".join(f"{text!r} {p:.2%}" for text, p in belief["rivals"])
+                lines.append(
+                    f"  {state}  {belief['probability']:8.3%}  rank {belief['rank']:<6} NLL {belief['nll']:7.4f}"
+                    f"  entropy {belief['entropy']:6.3f}  rivals {rivals}, everything else {belief['rest']:.2%}"
+                )
+        if token["step"]:
+            told = token["step"]
+            lines.append(
+                f"  one step: log-probability {told['predicted']:+.4f} predicted, {told['measured']:+.4f} measured"
+            )
+    lines += [
+        "",
+        "The first answer token:",
+        _lens_table(result["first_token"], "A" if "A" in result["nll"] else "B", "B"),
+    ]
+    return "\n".join([*lines, "", result["verdict"]])
+
+
+def _lens_table(lens: dict[str, Any], before: str, after: str) -> str:
+    lines = [f"{'next token':>18} {before:>8} {after:>8}   p - onehot: {before:>6} {after:>9}"]
+    for row in lens["rows"]:
+        text = repr(row["text"])[1:-1] + (" (gold)" if row["gold"] else "")
+        lines.append(
+            f"{text:>18} {row['before']:8.2%} {row['after']:8.2%}"
+            f"          {row['gradient_before']:+9.4f} {row['gradient_after']:+9.4f}"
+        )
+    return "\n".join(lines)
+
+
 def _print_run(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     if as_json:
         _print(json.dumps({"run": str(folder), **report}))
@@ -169,13 +235,7 @@ def _print_run(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     lens = report["lens"]
     if lens:
         _print(f"\nAfter: {lens['context']!r}")
-        _print(f"{'next token':>18} {'base':>8} {'tuned':>8}   p - onehot: base    tuned")
-        for row in lens["rows"]:
-            text = repr(row["text"])[1:-1] + (" (gold)" if row["gold"] else "")
-            _print(
-                f"{text:>18} {row['before']:8.2%} {row['after']:8.2%}"
-                f"        {row['gradient_before']:+9.4f} {row['gradient_after']:+9.4f}"
-            )
+        _print(_lens_table(lens, "base", "tuned"))
     if report["exact_match"]:
         match = report["exact_match"]
         _print(f"\ngreedy answers equal to the gold answer: {match['base']} -> {match['tuned']} of {match['of']}")

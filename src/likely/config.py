@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -79,19 +79,54 @@ class Config(BaseModel):
         return self.learning_rate if self.learning_rate is not None else {"full": 2e-5, "lora": 2e-4}[self.tune]
 
 
+class ExplainSettings(BaseModel):
+    """What ``likely explain`` is asked: a model's answer, or a distribution given by hand."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str | None = Field(None, description="the model to look at: state B")
+    base: str | None = Field(None, description="a second state to compare with: state A")
+    prompt: str | None = Field(None, description="what the model is asked")
+    response: str | None = Field(None, description="the gold answer")
+    step: bool = Field(False, description="show what one optimizer step on this example would do")
+    learning_rate: Number = Field(1e-5, gt=0, description="of that step")
+    rivals: int = Field(3, ge=0, description="other tokens to show")
+    distribution: str | None = Field(
+        None, description="no model: gold=0.25,Je=0.35 and so on, the gold token first; the rest is spread thinly"
+    )
+    against: str | None = Field(None, description="a second distribution, compared with the first")
+    rate: Number = Field(0.1, gt=0, description="step size on the logits of a distribution")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> ExplainSettings:
+        if self.distribution is None and None in (self.model, self.prompt, self.response):
+            raise ValueError("explain needs --model, --prompt and --response, or --distribution")
+        if self.distribution is not None and self.model is not None:
+            raise ValueError("--distribution is looked at without a model; leave out --model")
+        return self
+
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
 def make_config(values: dict[str, Any], place: str = "") -> Config:
-    """A validated config.
+    """A validated training config; see :func:`make_settings`."""
+    return make_settings(Config, values, place)
+
+
+def make_settings(kind: type[Settings], values: dict[str, Any], place: str = "") -> Settings:
+    """Validated settings of a kind.
 
     Raises:
         ConfigError: an unknown key, with the nearest known one, or a value out of its range.
     """
     for key in values:
-        if key not in Config.model_fields:
-            near = difflib.get_close_matches(str(key), Config.model_fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(Config.model_fields)}"
+        if key not in kind.model_fields:
+            near = difflib.get_close_matches(str(key), kind.model_fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kind.model_fields)}"
             raise ConfigError(f"unknown key {key!r}", place=place, way_out=hint)
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"]))

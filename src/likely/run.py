@@ -1,4 +1,4 @@
-"""Wires one verb from its settings. The only place that puts data, model, training and insight together."""
+"""Wires a training from its config: puts data, model, training and insight together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from likely.train import engine
 from likely.train.checkpoint import save_checkpoint
 from likely.train.log import Display, MetricsFile
 from likely.train.optim import build_optimizer
-from likely.types import ROLES, Example, ExampleScore, StepMetrics
+from likely.types import Example, ExampleScore, StepMetrics
 
 MAX_FLOOR_TOKENS = 20_000_000  # about 2 GB of trie
 MIN_PACK_TOKENS = 2048  # matrix products reach full speed well below it, and a laptop has the memory
@@ -284,69 +284,3 @@ def demo_config(output: str | None = None, *, steps: int | None = None) -> Confi
         epochs=2.0,
         steps=steps,
     )
-
-
-def score(data: str, model: str, base: str | None, display: Display) -> Iterator[dict[str, Any]]:
-    """One record per example, in the file's order: its NLL under ``model`` and the log-probability of every token, and
-    beside it under ``base``.
-
-    Yields:
-        ``{"source", "nll_nats", "num_tokens", "tokens": [{"id", "text", "role", "weight", "logprob", "rank", "entropy",
-        "base_logprob"}]}``; null where nothing predicts the token.
-    """
-    examples, tokenizer, scores = _score_all(data, model, display)
-    base_scores = _score_all(data, base, display)[2] if base else None
-    for i, (example, own) in enumerate(zip(examples, scores, strict=True)):
-        other = base_scores[i].logprob_T if base_scores else [math.nan] * len(example.token_ids_T)
-        nll_N, weight_N = evaluation.nll_per_example([example], [own])
-        yield {
-            "source": str(example.source),
-            "nll_nats": float(nll_N[0]),
-            "num_tokens": float(weight_N[0]),
-            "tokens": [
-                {
-                    "id": int(token),
-                    "text": tokenizer.decode([int(token)]),
-                    "role": ROLES[role],
-                    "weight": float(weight),
-                    "logprob": _number(logprob),
-                    "rank": None if math.isnan(rank) else int(rank),
-                    "entropy": _number(entropy),
-                    "base_logprob": _number(base_logprob),
-                }
-                for token, role, weight, logprob, rank, entropy, base_logprob in zip(
-                    example.token_ids_T,
-                    example.role_T,
-                    example.weights_T,
-                    own.logprob_T,
-                    own.rank_T,
-                    own.entropy_T,
-                    other,
-                    strict=True,
-                )
-            ],
-        }
-
-
-def evaluate(data: str, model: str, base: str | None, display: Display) -> dict[str, Any]:
-    """Held-out figures of a model, of ``base`` on the same examples, and their difference with paired intervals."""
-    examples, tokenizer, scores = _score_all(data, model, display)
-    result: dict[str, Any] = {**asdict(evaluation.summarize(examples, scores, tokenizer)), "base": None, "delta": None}
-    if base:
-        base_examples, base_tokenizer, base_scores = _score_all(data, base, display)
-        result["base"] = asdict(evaluation.summarize(base_examples, base_scores, base_tokenizer))
-        result["delta"] = asdict(evaluation.compare(examples, base_scores, scores))
-    return result
-
-
-def _score_all(data: str, name: str, display: Display) -> tuple[tuple[Example, ...], Any, list[ExampleScore]]:
-    place = models.find_model(name)
-    tokenizer = load_tokenizer(place.tokenizer)
-    dataset = load_dataset(data, Renderer(tokenizer), models.read_context_length(place), display.track)
-    model = models.load_model(name)
-    pack_tokens = max(MIN_PACK_TOKENS, *(len(e.token_ids_T) for e in dataset.examples))
-    return dataset.examples, tokenizer, evaluation.score_examples(model, dataset.examples, pack_tokens, display.track)
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)

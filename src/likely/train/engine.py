@@ -1,4 +1,4 @@
-"""The training step, and the loop around it."""
+"""The loop around the training step."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from likely.data.dataset import examples_of_step
 from likely.data.packing import build_packs, normalize_per_example
 from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel
-from likely.train.objective import nll_sum
 from likely.train.optim import Schedule, learning_rate_at, set_learning_rate
-from likely.types import Example, Pack, StepMetrics
+from likely.train.step import train_step
+from likely.types import Example, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -31,37 +31,6 @@ class TrainingPlan:
     max_grad_norm: float
     normalize: str
     seed: int
-
-
-def train_step(
-    model: LanguageModel, packs: Sequence[Pack], optimizer: torch.optim.Optimizer, max_grad_norm: float
-) -> tuple[float, float]:
-    """One update of the weights towards the gold tokens of all packs together.
-
-    Each pack's sum is divided by the one number of supervised weight of the whole step, so the gradient is that of the
-    mean NLL over the step's tokens, however the step was cut into packs.
-
-    Returns:
-        NLL per unit of weight (nats) before the update, and the gradient's global norm before clipping.
-
-    Raises:
-        NonFiniteError: the loss or the norm is not finite; the weights are as they were.
-    """
-    num_tokens = sum(float(pack.weight_E.sum()) for pack in packs)
-    nll = 0.0
-    for pack in packs:
-        with model.autocast():
-            loss = nll_sum(model, pack)
-        (loss / num_tokens).backward()  # type: ignore[no-untyped-call]
-        nll += float(loss.detach()) / num_tokens
-    trainable = [p for p in model.network.parameters() if p.grad is not None]
-    grad_norm = float(torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm))
-    if not (torch.tensor([nll, grad_norm]).isfinite().all()):
-        optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(f"loss {nll} and gradient norm {grad_norm} before the update")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return nll, grad_norm
 
 
 def train(
