@@ -26,8 +26,8 @@ from likely.data.dataset import examples_of_step, load_dataset
 from likely.data.packing import build_packs
 from likely.data.render import Renderer, load_tokenizer
 from likely.model.load import Tuning, find_model, load_for_training
-from likely.train.optim import build_optimizer, set_learning_rate
-from likely.train.step import train_step
+from likely.training.optim import build_optimizer, set_learning_rate
+from likely.training.step import train_step
 
 HERE = Path(__file__).parent
 LEARNING_RATE = 1e-5

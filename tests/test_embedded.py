@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from likely import run
 from likely.config import Config
 from likely.model.embedded import embedded_folder
-from likely.train.log import Display
+from likely.training.log import Display
 
 pytestmark = [
     pytest.mark.embedded,

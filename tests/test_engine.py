@@ -14,10 +14,10 @@ import torch
 from likely.data.packing import build_packs
 from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel, connect
-from likely.train import engine
-from likely.train.checkpoint import save_checkpoint
-from likely.train.optim import build_optimizer, learning_rate_at, set_learning_rate
-from likely.train.step import train_step
+from likely.training import engine
+from likely.training.checkpoint import save_checkpoint
+from likely.training.optim import build_optimizer, learning_rate_at, set_learning_rate
+from likely.training.step import train_step
 from likely.types import Example, StepMetrics
 
 PLAN = engine.TrainingPlan(

@@ -19,8 +19,8 @@ from likely.data.packing import build_packs, normalize_per_example, supervise_ev
 from likely.errors import ModelError
 from likely.model import attention
 from likely.model.forward import LanguageModel, connect
-from likely.train import objective
-from likely.train.objective import nll_sum, score_edges
+from likely.training import objective
+from likely.training.objective import nll_sum, score_edges
 from likely.types import Example, Pack
 from naive import Row, Truth, families, truth
 

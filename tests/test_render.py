@@ -623,8 +623,9 @@ def test_templates_that_can_t_be_proved_are_refused_with_the_row(template: str, 
             "stop",
         ),
         ("{% for m in messages if m.role != 'assistant' %}{{ m.content + '<|im_end|>' }}{% endfor %}", "show"),
+        (TURN.replace("'<|im_end|>\n'", "('<|im_end|>' if '.' in m.content else '<|im_start|>')") + PROMPT, "depends"),
     ],
-    ids=["no end of turn", "no end of the last turn", "answer not shown, no generation prompt"],
+    ids=["no end of turn", "no end of the last turn", "answer not shown, no generation prompt", "end depends"],
 )
 def test_templates_without_an_end_or_an_answer_are_refused(template: str, says: str) -> None:
     with pytest.raises(ModelError, match=says) as caught:
@@ -712,6 +713,20 @@ def test_half_a_surrogate_pair_is_refused_and_not_a_crash(tmp_path: Path, role: 
     with pytest.raises(DataError) as caught:
         read_and_render()
     assert caught.value.place == f"{path}:1"
+
+
+@pytest.mark.parametrize("depth", [100, 600])
+def test_deep_tools_are_shown_or_refused_and_not_a_crash(tmp_path: Path, depth: int) -> None:
+    # The JSON parser takes more levels than a function that calls itself may have.
+    path = tmp_path / "data.jsonl"
+    schema = '{"a":' * depth + "1" + "}" * depth
+    path.write_text('{"prompt": "a", "completion": "b", "tools": [' + schema + "]}", encoding="utf-8")
+    try:
+        (example,) = (e for c in read_conversations(path) for e in Renderer(CHAT.tokenizer).render(c))
+    except DataError as error:
+        assert error.place == f"{path}:1"
+        return
+    assert spell(CHAT.tokenizer, example.token_ids_T[example.weights_T > 0]) == "b<|im_end|>"
 
 
 def test_nul_and_other_controls_are_text() -> None:

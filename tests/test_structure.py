@@ -16,9 +16,9 @@ FLOORS = [
     ("likely.run", 6),
     ("likely.look", 6),
     ("likely.provenance", 5),
-    ("likely.train.engine", 5),
+    ("likely.training.engine", 5),
     ("likely.insight", 5),
-    ("likely.train", 4),
+    ("likely.training", 4),
     ("likely.model", 3),
     ("likely.data", 2),
     ("likely.config", 1),
@@ -30,13 +30,13 @@ WITHIN = {
     "data": ["formats", "trie", "packing", "render", "dataset"],
     "model": ["attention", "adapters", "embedded", "forward", "generate", "load"],
     "insight": ["distribution", "evaluate", "lens", "explain", "report"],
-    "train": ["objective", "optim", "step", "checkpoint", "log"],
+    "training": ["objective", "optim", "step", "checkpoint", "log"],
 }
 ALLOWED = {
-    "torch": {"model", "train", "insight/lens.py", "insight/explain.py", "provenance.py"},
+    "torch": {"model", "training", "insight/lens.py", "insight/explain.py", "provenance.py"},
     "transformers": {"model", "data/render.py"},
     "peft": {"model"},
-    "torch.distributed": {"train/parallel.py"},
+    "torch.distributed": {"training/parallel.py"},
     "pickle": set(),
 }
 

@@ -55,7 +55,7 @@ def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
     """
     from likely.config import make_config
     from likely.run import train as run_train
-    from likely.train.log import Display
+    from likely.training.log import Display
 
     return run_train(make_config({"model": model, "data": data, "output": output, **settings}), Display())
 
@@ -70,7 +70,7 @@ def score(*, model: str, data: str, base: str | None = None) -> Iterator[dict[st
         LikelyError: of the kind that fits the fault.
     """
     from likely.look import score as look_score
-    from likely.train.log import Display
+    from likely.training.log import Display
 
     return look_score(data, model, base, Display(quiet=True))
 
@@ -82,6 +82,6 @@ def evaluate(*, model: str, data: str, base: str | None = None) -> dict[str, Any
         LikelyError: of the kind that fits the fault.
     """
     from likely.look import evaluate as look_evaluate
-    from likely.train.log import Display
+    from likely.training.log import Display
 
     return look_evaluate(data, model, base, Display(quiet=True))

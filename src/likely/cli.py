@@ -79,7 +79,7 @@ def train(
     values = {**(read_yaml(config) if config else {}), **settings}
     checked = make_config(values, str(config) if config else "")
     from likely import run
-    from likely.train.log import Display
+    from likely.training.log import Display
 
     result = run.train(checked, Display())
     _print_run(result.report, result.folder, as_json)
@@ -93,7 +93,7 @@ def demo(
 ) -> None:
     """The whole story offline, on a CPU: score a real model, train it, and see what changed."""
     from likely import run
-    from likely.train.log import Display
+    from likely.training.log import Display
 
     result = run.train(run.demo_config(output, steps=steps), Display(), num_answers=40)
     _print_run(result.report, result.folder, as_json)
@@ -108,7 +108,7 @@ def score(
 ) -> None:
     """Write the exact log-likelihood of every token of every example."""
     from likely import look
-    from likely.train.log import Display
+    from likely.training.log import Display
 
     display = Display()
     total_nats = total_tokens = 0.0
@@ -131,7 +131,7 @@ def score(
 def evaluate(data: Data, model: Model, base: Base = None, as_json: Json = False) -> None:
     """Held-out negative log-likelihood with its interval, beside a base model's."""
     from likely import look
-    from likely.train.log import Display
+    from likely.training.log import Display
 
     result = look.evaluate(data, model, base, Display())
     if as_json:

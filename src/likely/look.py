@@ -15,7 +15,7 @@ from likely.insight import evaluate as evaluation
 from likely.insight import explain as explanation
 from likely.insight.lens import compare_next_token
 from likely.model import load as models
-from likely.train.log import Display
+from likely.training.log import Display
 from likely.types import ROLES, Conversation, Example, ExampleScore, Message, Source
 
 MIN_PACK_TOKENS = 2048

@@ -23,10 +23,10 @@ from likely.insight.report import Answer, Report, write_report
 from likely.model import load as models
 from likely.model.forward import LanguageModel
 from likely.model.generate import greedy_answers
-from likely.train import engine
-from likely.train.checkpoint import save_checkpoint
-from likely.train.log import Display, MetricsFile
-from likely.train.optim import build_optimizer
+from likely.training import engine
+from likely.training.checkpoint import save_checkpoint
+from likely.training.log import Display, MetricsFile
+from likely.training.optim import build_optimizer
 from likely.types import Example, ExampleScore, StepMetrics
 
 MAX_FLOOR_TOKENS = 20_000_000  # about 2 GB of trie

@@ -303,12 +303,13 @@ def _num_common(a: str, b: str) -> int:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """Every string inside a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _strings(list(value))
-        yield from _strings(list(value.values()))
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _strings(item)
+    """Every string inside a JSON value, however deep."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += [*value, *value.values()]
+        elif isinstance(value, Sequence):
+            left += value

@@ -17,7 +17,7 @@ from scipy.stats import bootstrap
 
 from likely.data.packing import build_packs, supervise_everything
 from likely.model.forward import LanguageModel
-from likely.train.objective import score_edges
+from likely.training.objective import score_edges
 from likely.types import Example, ExampleScore, FloatArray, Pack
 
 RESAMPLES = 2000

@@ -17,9 +17,9 @@ import torch
 from likely.data.packing import build_packs
 from likely.errors import ConfigError
 from likely.model.forward import LanguageModel
-from likely.train.objective import nll_sum, score_edges
-from likely.train.optim import build_optimizer, set_learning_rate
-from likely.train.step import train_step
+from likely.training.objective import nll_sum, score_edges
+from likely.training.optim import build_optimizer, set_learning_rate
+from likely.training.step import train_step
 from likely.types import Example, FloatArray
 
 

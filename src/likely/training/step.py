@@ -8,7 +8,7 @@ import torch
 
 from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel
-from likely.train.objective import nll_sum
+from likely.training.objective import nll_sum
 from likely.types import Pack
 
 

@@ -12,8 +12,8 @@ from likely.data.dataset import examples_of_step
 from likely.data.packing import build_packs, normalize_per_example
 from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel
-from likely.train.optim import Schedule, learning_rate_at, set_learning_rate
-from likely.train.step import train_step
+from likely.training.optim import Schedule, learning_rate_at, set_learning_rate
+from likely.training.step import train_step
 from likely.types import Example, StepMetrics
 
 
