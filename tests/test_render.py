@@ -724,9 +724,11 @@ def test_deep_tools_are_shown_or_refused_and_not_a_crash(tmp_path: Path, depth: 
     try:
         (example,) = (e for c in read_conversations(path) for e in Renderer(CHAT.tokenizer).render(c))
     except DataError as error:
-        assert error.place == f"{path}:1"
-        return
-    assert spell(CHAT.tokenizer, example.token_ids_T[example.weights_T > 0]) == "b<|im_end|>"
+        refused_at = error.place
+    else:
+        refused_at = f"{path}:1"
+        assert spell(CHAT.tokenizer, example.token_ids_T[example.weights_T > 0]) == "b<|im_end|>"
+    assert refused_at == f"{path}:1"
 
 
 def test_nul_and_other_controls_are_text() -> None:
