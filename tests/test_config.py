@@ -412,3 +412,9 @@ def test_the_template_holds_the_defaults_and_only_them(tmp_path: Path) -> None:
         assert str(field.description) in template
         for choice in (c for c in get_args(field.annotation) if isinstance(c, str)):
             assert choice in template, key
+
+
+def test_a_yaml_tag_that_cannot_be_built_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: !!timestamp foo\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="broken YAML"):
+        read_yaml(tmp_path / "c.yaml")

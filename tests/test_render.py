@@ -3,6 +3,7 @@ piece with its weight, and the tokens' character offsets carry those weights ove
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -934,3 +935,22 @@ def test_a_conversation_rendered_twice_is_the_same() -> None:
     for one, other in pairwise(examples):
         assert one.token_ids_T.tolist() == other.token_ids_T.tolist()
         assert one.weights_T.tolist() == other.weights_T.tolist()
+
+
+def test_text_that_the_template_drops_beside_tool_calls_is_refused() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m.get('tool_calls') %}{{ m['tool_calls'] | tojson }}{% else %}{{ m['content'] }}{% endif %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = copy.deepcopy(CHAT.tokenizer)
+    tokenizer.chat_template = template
+    calls = {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+    def row(content: str | None) -> Conversation:
+        answer = Message("assistant", content, 1.0, calls)
+        return Conversation((Message("user", "Hi"), answer), Source("rows.jsonl", 3))
+
+    assert len(Renderer(tokenizer).render(row(None))) == 1
+    with pytest.raises(DataError, match=r"rows.jsonl:3: .*drops its text"):
+        Renderer(tokenizer).render(row("Let me look."))

@@ -205,6 +205,12 @@ class Renderer:
                 f" {self._show(prompt[same:])} and training would see {self._show(ids[same:])}",
                 "strip white space at the start of the answer, or fix the chat template's generation prompt",
             )
+        message = conversation.messages[turn]
+        if message.fields.get("tool_calls") and (message.content or "").strip() not in text[len(prompt_text) :]:
+            raise wrong(
+                "the chat template drops its text because of its tool calls",
+                "make the text a turn of its own, or remove it",
+            )
         end = self.end_of_turn
         stop = len(ids) - len(end.tail)
         if stop - 1 < len(prompt) or ids[stop - 1] != end.token_id or tuple(ids[stop:].tolist()) != end.tail:
