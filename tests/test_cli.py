@@ -209,3 +209,29 @@ def test_names_that_look_like_markup(likely: Likely, tmp_path: Path, tiny_model_
     said = likely("evaluate", "[red] ü %s.jsonl", "--model", tiny_model_dir, "--json")
     assert said.code == 0, said.err
     assert_refused(likely("evaluate", "[bold]no.jsonl", "--model", tiny_model_dir), 3, "[bold]no.jsonl")
+
+
+def test_broken_weights_are_no_perfect_score(likely: Likely, tmp_path: Path, tiny_model_dir: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    write_rows(tmp_path / "d.jsonl", ROW)
+    shutil.copytree(tiny_model_dir, tmp_path / "broken")
+    weights = load_file(tmp_path / "broken" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
+    said = likely("evaluate", "d.jsonl", "--model", "broken", "--json")
+    assert said.code in {4, 6}
+    assert said.out == ""
+    flags = ("--model", tiny_model_dir, "--data", "d.jsonl", "--dtype", "float32", "--warmup", 0, "--tune", "full")
+    said = likely("train", *flags, "--steps", 1, "--learning-rate", 1e39, "--output", "run")
+    assert said.code == 6, said.err
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_scores_never_replace_the_data(likely: Likely, tmp_path: Path, tiny_model_dir: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", ROW)
+    before = data.read_bytes()
+    assert_refused(likely("score", "d.jsonl", "--model", tiny_model_dir, "--output", "./d.jsonl"), 2, "data itself")
+    assert data.read_bytes() == before

@@ -17,7 +17,7 @@ import typer
 from pydantic import BaseModel
 
 from likely.config import Config, ExplainSettings, make_config, make_settings, read_yaml, template_yaml
-from likely.errors import LikelyError, ResourceError
+from likely.errors import ConfigError, LikelyError, ResourceError
 
 app = typer.Typer(
     name="likely",
@@ -110,6 +110,10 @@ def score(
     from likely import look
     from likely.training.log import Display
 
+    if output.exists() and (not output.is_file() or (Path(data).exists() and output.samefile(data))):
+        raise ConfigError(
+            "this is the data itself or no ordinary file", place=str(output), way_out="name another --output"
+        )
     display = Display()
     total_nats = total_tokens = 0.0
     unfinished = output.with_name(f".{output.name}.unfinished")

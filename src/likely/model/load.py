@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from likely.errors import ModelError
+from likely.errors import ModelError, NonFiniteError
 from likely.model import embedded
 from likely.model.adapters import add_lora
 from likely.model.forward import LanguageModel, connect, context_length
@@ -69,7 +69,8 @@ def find_model(name: str) -> Place:
             return Place(find_model(_base_of_adapter(path)).weights, str(path))
         if not (path / "config.json").is_file():
             raise ModelError("the folder has no config.json", place=name, way_out="name a Hugging Face model folder")
-        return Place(str(path))
+        # An adapter remembers this name, and must not mean another folder, or a hub id, elsewhere.
+        return Place(str(path.absolute()))
     if HUB_ID.fullmatch(name) and not path.parent.is_dir():
         return Place(name)
     raise ModelError(
@@ -156,7 +157,14 @@ def load_for_training(
 
 
 def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
-    """The weights, or the adapter alone, with the tokenizer and its template, as files of transformers or peft."""
+    """The weights, or the adapter alone, with the tokenizer and its template, as files of transformers or peft.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; nothing is written.
+    """
+    broken = next((name for name, p in model.network.named_parameters() if not p.isfinite().all()), None)
+    if broken:
+        raise NonFiniteError(f"the weight {broken} is not finite", way_out="lower --learning-rate; nothing was saved")
     with model.as_transformers_runs_it() as network:
         if isinstance(network, PeftModel):
             # "auto" would ask the hub whether the base's vocabulary was resized.

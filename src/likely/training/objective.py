@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from likely.errors import NonFiniteError
 from likely.model.forward import Head, LanguageModel
 from likely.types import FloatArray, IntArray, Pack
 
@@ -48,7 +49,11 @@ class EdgeScores:
 @torch.no_grad()
 def score_edges(model: LanguageModel, pack: Pack) -> EdgeScores:
     """Log-probability, rank and entropy of each edge under the model, by the same hidden states and head as training,
-    in the dtype of the weights."""
+    in the dtype of the weights.
+
+    Raises:
+        NonFiniteError: some log-probability is NaN or infinite, which no sum over examples would show.
+    """
     hidden_TD = model.forward_hidden(pack)
     edges = _Edges.of(pack, hidden_TD.device)
     hidden_SD = hidden_TD[edges.source_S]
@@ -60,6 +65,8 @@ def score_edges(model: LanguageModel, pack: Pack) -> EdgeScores:
         entropy = -(logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1)[some.row_E]
         columns.append(torch.stack([gold.double(), rank_E.double(), entropy.double()]))
     result = torch.cat(columns, dim=1).cpu().numpy() if columns else np.empty((3, 0))
+    if not np.isfinite(result[0]).all():
+        raise NonFiniteError(f"{model.name} gives log-probabilities that are not finite", way_out="look at its weights")
     restored = np.empty_like(result)
     restored[:, edges.order_E] = result
     return EdgeScores(*restored)
