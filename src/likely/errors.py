@@ -66,3 +66,8 @@ class LockedError(LikelyError):
     """Another process holds the run folder."""
 
     exit_code = 7
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of foreign code says, short enough for one line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

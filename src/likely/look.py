@@ -9,6 +9,7 @@ from typing import Any
 
 from likely.config import ExplainSettings
 from likely.data.dataset import load_dataset
+from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, load_tokenizer
 from likely.errors import ConfigError
 from likely.insight import evaluate as evaluation
@@ -18,7 +19,6 @@ from likely.model import load as models
 from likely.training.log import Display
 from likely.types import ROLES, Conversation, Example, ExampleScore, Message, Source
 
-MIN_PACK_TOKENS = 2048
 COMMAND_LINE = Source("the command line", 0)
 
 
@@ -80,7 +80,7 @@ def _score_all(data: str, name: str, display: Display) -> tuple[tuple[Example, .
     tokenizer = load_tokenizer(place.tokenizer)
     dataset = load_dataset(data, Renderer(tokenizer), models.read_context_length(place), display.track)
     model = models.load_model(name)
-    pack_tokens = max(MIN_PACK_TOKENS, *(len(e.token_ids_T) for e in dataset.examples))
+    pack_tokens = default_pack_tokens(dataset.examples)
     return dataset.examples, tokenizer, evaluation.score_examples(model, dataset.examples, pack_tokens, display.track)
 
 

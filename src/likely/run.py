@@ -14,6 +14,7 @@ from typing import Any
 from likely import provenance
 from likely.config import Config, to_yaml
 from likely.data.dataset import Dataset, load_dataset, num_steps
+from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, Supervision, load_tokenizer
 from likely.data.trie import entropy_floor
 from likely.errors import ConfigError, ResourceError
@@ -30,7 +31,6 @@ from likely.training.optim import build_optimizer
 from likely.types import Example, ExampleScore, StepMetrics
 
 MAX_FLOOR_TOKENS = 20_000_000  # about 2 GB of trie
-MIN_PACK_TOKENS = 2048  # matrix products reach full speed well below it, and a laptop has the memory
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _read_inputs(config: Config, display: Display) -> _Inputs:
         update={
             "learning_rate": config.peak_learning_rate,
             "max_length": limit,
-            "pack_tokens": config.pack_tokens or max(MIN_PACK_TOKENS, num_longest),
+            "pack_tokens": config.pack_tokens or default_pack_tokens([longest]),
         }
     )
     return _Inputs(place, tokenizer, renderer, data, eval_data, resolved)

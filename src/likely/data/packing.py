@@ -6,13 +6,15 @@ decides how much of a shared prefix is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from likely.data.trie import build_pack, common_prefix, context_length, sort_by_prefix
 from likely.types import Example, Pack
+
+MIN_PACK_TOKENS = 2048
 
 
 def build_packs(examples: Sequence[Example], pack_tokens: int, *, share: bool = True) -> list[Pack]:
@@ -44,6 +46,11 @@ def build_packs(examples: Sequence[Example], pack_tokens: int, *, share: bool = 
     if chosen:
         packs.append(build_pack(examples, chosen))
     return packs
+
+
+def default_pack_tokens(examples: Iterable[Example]) -> int:
+    """Room for the longest example, and enough for matrix products at full speed on a laptop's memory."""
+    return max(MIN_PACK_TOKENS, *(len(e.token_ids_T) for e in examples))
 
 
 def supervise_everything(example: Example) -> Example:

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from likely.errors import DataError, ModelError
+from likely.errors import DataError, ModelError, first_line
 from likely.types import ROLES, Conversation, Example, IntArray, Message, Source
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
@@ -44,7 +44,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"no tokenizer that can be read: {_first_line(error)}", place=str(folder)) from error
+        raise ModelError(f"no tokenizer that can be read: {first_line(error)}", place=str(folder)) from error
     if not tokenizer.is_fast:
         raise ModelError(
             "the tokenizer has no tokenizer.json", place=str(folder), way_out="convert it to the fast form"
@@ -286,7 +286,7 @@ class Renderer:
             )
         except Exception as error:  # a template is a program and may raise anything
             raise DataError(
-                f"the chat template refuses the row: {_first_line(error)}",
+                f"the chat template refuses the row: {first_line(error)}",
                 place=str(conversation.source),
                 way_out="write the conversation as the template wants it",
             ) from error
@@ -297,10 +297,6 @@ class Renderer:
 
     def _show(self, ids: Sequence[int] | Any) -> str:
         return repr(self.tokenizer.decode([int(i) for i in ids[:6]]))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _num_common(a: str, b: str) -> int:

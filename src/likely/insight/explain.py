@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from likely.data.packing import build_packs
+from likely.data.packing import build_packs, default_pack_tokens
 from likely.errors import ConfigError
 from likely.model.forward import LanguageModel
 from likely.training.objective import nll_sum, score_edges
@@ -96,8 +96,7 @@ def effect_of_a_step(
     optimizer = build_optimizer(trained, 0.0)
     set_learning_rate(optimizer, learning_rate)
     try:
-        longest = max(len(e.token_ids_T) for e in batch)
-        train_step(model, build_packs(batch, max(2048, longest), share=model.shares), optimizer, max_grad_norm)
+        train_step(model, build_packs(batch, default_pack_tokens(batch), share=model.shares), optimizer, max_grad_norm)
         after = _logprobs(model, target)
         with torch.no_grad():
             change = [p.detach() - w for p, w in zip(trained, weights, strict=True)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from likely.data.packing import build_packs
-from likely.errors import ModelError
+from likely.errors import ModelError, first_line
 from likely.model.attention import NAME, TriePlan, trie_attention
 from likely.types import Example, Pack, Source
 
@@ -164,7 +164,7 @@ def connect(network: Any, name: str, *, compute_dtype: torch.dtype) -> LanguageM
         try:
             difference = _largest_difference(model)
         except Exception as error:  # the layers are foreign code, and what they raise at a trie is theirs to choose
-            failure = (str(error).strip() or type(error).__name__).splitlines()[0]
+            failure = first_line(error)
             continue
         if difference <= _tolerance(model):
             return model

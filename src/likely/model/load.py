@@ -13,7 +13,7 @@ import torch
 import transformers
 from peft import PeftModel
 
-from likely.errors import ModelError, NonFiniteError
+from likely.errors import ModelError, NonFiniteError, first_line
 from likely.model import embedded
 from likely.model.adapters import add_lora
 from likely.model.forward import LanguageModel, connect, context_length
@@ -98,8 +98,7 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -
             place.weights, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"can't be loaded: {line}", place=place.weights) from error
+        raise ModelError(f"can't be loaded: {first_line(error)}", place=place.weights) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
         raise ModelError(
@@ -115,8 +114,7 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -
             warnings.simplefilter("ignore", FutureWarning)  # peft still uses names that transformers is leaving
             return PeftModel.from_pretrained(network, place.adapter, is_trainable=trainable)
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"the adapter can't be loaded: {line}", place=place.adapter) from error
+        raise ModelError(f"the adapter can't be loaded: {first_line(error)}", place=place.adapter) from error
 
 
 def load_model(
@@ -200,6 +198,5 @@ def read_context_length(place: Place) -> int:
     try:
         config = transformers.AutoConfig.from_pretrained(place.weights, trust_remote_code=False)
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"no config that can be read: {line}", place=place.weights) from error
+        raise ModelError(f"no config that can be read: {first_line(error)}", place=place.weights) from error
     return context_length(config)
