@@ -40,7 +40,11 @@ FIELDS = [
     "normalize",
     "seed",
     "eval_every",
+    "num_answers",
     "save_every",
+    "keep_checkpoints",
+    "skip_nonfinite",
+    "resume",
 ]
 # The design promises these; the others are free to go.
 FIXED = set(FIELDS) - {"schedule", "warmup", "weight_decay", "max_grad_norm", "lora_alpha"}

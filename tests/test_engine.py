@@ -15,7 +15,7 @@ from likely.data.packing import build_packs
 from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel, connect
 from likely.training import engine
-from likely.training.checkpoint import save_checkpoint
+from likely.training.checkpoint import State, open_checkpoint, restore, save_checkpoint
 from likely.training.optim import build_optimizer, learning_rate_at, set_learning_rate
 from likely.training.step import train_step
 from likely.types import Example, StepMetrics
@@ -33,6 +33,23 @@ PLAN = engine.TrainingPlan(
 )
 
 
+class Seen:
+    """An observer that only remembers."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepMetrics] = []
+
+    def updated(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+
+    def between_steps(self, step: int) -> None:
+        pass
+
+    def not_finite(self, step: int, error: NonFiniteError) -> None:
+        assert f"step {step}" in str(error)
+        raise error
+
+
 def rows() -> list[tuple[list[int], list[float]]]:
     rng = np.random.default_rng(3)
     made = []
@@ -47,9 +64,9 @@ def trained(
     network: Any, examples: list[Example], plan: engine.TrainingPlan
 ) -> tuple[dict[str, Any], list[StepMetrics]]:
     model = connect(copy.deepcopy(network), "tiny", compute_dtype=torch.float64)
-    seen: list[StepMetrics] = []
-    engine.train(model, examples, build_optimizer(model.network.parameters(), 0.0), plan, seen.append)
-    return dict(model.network.named_parameters()), seen
+    seen = Seen()
+    engine.train(model, examples, build_optimizer(model.network.parameters(), 0.0), plan, seen)
+    return dict(model.network.named_parameters()), seen.steps
 
 
 def test_training_lowers_the_loss_and_repeats_bit_for_bit(make_network: Any, make_examples: Any) -> None:
@@ -118,7 +135,7 @@ def test_what_is_not_finite_changes_no_weight(make_network: Any, make_examples: 
     optimizer = build_optimizer(network.parameters(), 0.0)
     examples = [replace(e, source=replace(e.source, file="rows.jsonl")) for e in make_examples(rows())]
     with pytest.raises(NonFiniteError, match=r"step 1: .*rows.jsonl") as caught:
-        engine.train(model, examples, optimizer, PLAN, lambda _: None)
+        engine.train(model, examples, optimizer, PLAN, Seen())
     assert caught.value.exit_code == 6
     for name, parameter in network.named_parameters():
         assert torch.equal(parameter, before[name]), name
@@ -153,11 +170,16 @@ def test_checkpoint_holds_the_optimizer_and_no_pickle(tmp_path: Any, make_networ
     network = make_network("gpt2").double()
     model: LanguageModel = connect(network, "tiny", compute_dtype=torch.float64)
     optimizer = build_optimizer(network.parameters(), 0.0)
-    engine.train(model, make_examples(rows()), optimizer, replace(PLAN, num_steps=2), lambda _: None)
-    folder = save_checkpoint(tmp_path, 2, network, optimizer, network.save_pretrained)
+    engine.train(model, make_examples(rows()), optimizer, replace(PLAN, num_steps=2), Seen())
+    folder = save_checkpoint(tmp_path, State(2, 0), network, optimizer, network.save_pretrained, {"run_id": "a"})
     assert folder.name == "step-000002"
     stored = load_file(folder / "optimizer.safetensors")
     for name, parameter in network.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(stored[f"{name}.{key}"], optimizer.state[parameter][key])
+    again = build_optimizer(network.parameters(), 0.0)
+    restore(open_checkpoint(folder, "a"), network, again)
+    for parameter in network.parameters():
+        assert again.state[parameter].keys() == optimizer.state[parameter].keys()
+        assert all(torch.equal(v, again.state[parameter][k]) for k, v in optimizer.state[parameter].items())
     assert {p.suffix for p in folder.rglob("*") if p.is_file()} == {".json", ".safetensors"}

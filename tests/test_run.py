@@ -83,7 +83,7 @@ def test_the_run_folder(tmp_path: Path, files: tuple[str, str], tiny_model_dir: 
     assert [line["step"] for line in steps] == [1, 2, 3, 4]  # 4 rows, 2 a step, 2 epochs
     wanted = {"step", "nll", "tokens", "distinct_tokens", "supervised_tokens", "grad_norm", "learning_rate", "seconds"}
     assert all(wanted <= set(line) for line in steps)
-    assert [line["step"] for line in lines if "evaluation" in line] == [1, 2, 3]
+    assert [line["step"] for line in lines if "evaluation" in line] == [0, 1, 2, 3, 4]
     origins = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert origins["data"]["rows"] == 4
     assert origins["supervised"]["assistant"]["supervised"] > 0

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -52,12 +53,20 @@ def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
 
     Raises:
         LikelyError: of the kind that fits the fault.
+        KeyboardInterrupt, SystemExit: on SIGINT, SIGTERM; the steps done are saved, and ``resume="newest"`` goes on.
     """
-    from likely.config import make_config
+    from likely.config import make_config, stored_values
     from likely.run import train as run_train
+    from likely.stops import Stopped
     from likely.training.log import Display
 
-    return run_train(make_config({"model": model, "data": data, "output": output, **settings}), Display())
+    config = make_config(stored_values({"model": model, "data": data, "output": output, **settings}))
+    try:
+        return run_train(config, Display())
+    except Stopped as stopped:
+        if stopped.signum == signal.SIGINT:
+            raise KeyboardInterrupt(str(stopped)) from stopped
+        raise SystemExit(stopped.exit_code) from stopped
 
 
 def score(*, model: str, data: str, base: str | None = None) -> Iterator[dict[str, Any]]:

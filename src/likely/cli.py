@@ -16,8 +16,9 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from likely.config import Config, ExplainSettings, make_config, make_settings, read_yaml, template_yaml
+from likely.config import Config, ExplainSettings, make_config, make_settings, read_yaml, stored_values, template_yaml
 from likely.errors import ConfigError, LikelyError, ResourceError
+from likely.stops import Stopped
 
 app = typer.Typer(
     name="likely",
@@ -73,11 +74,15 @@ def _with_flags(kind: type[BaseModel]) -> Callable[[Callable[..., None]], Callab
 def train(
     settings: dict[str, Any],
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings; flags go over them")] = None,
+    config_flag: Annotated[Path | None, typer.Option("--config", help="the same, by name")] = None,
     as_json: Json = False,
 ) -> None:
     """Train a model on a file, score it before and after on held-out data, save it and report."""
-    values = {**(read_yaml(config) if config else {}), **settings}
-    checked = make_config(values, str(config) if config else "")
+    if config and config_flag:
+        raise ConfigError("the settings are given twice", place="--config", way_out=f"leave out {config}")
+    file = config or config_flag
+    values = {**(read_yaml(file) if file else {}), **settings}
+    checked = make_config(stored_values(values), str(file) if file else "")
     from likely import run
     from likely.training.log import Display
 
@@ -95,7 +100,7 @@ def demo(
     from likely import run
     from likely.training.log import Display
 
-    result = run.train(run.demo_config(output, steps=steps), Display(), num_answers=40)
+    result = run.train(run.demo_config(output, steps=steps), Display())
     _print_run(result.report, result.folder, as_json)
 
 
@@ -254,7 +259,7 @@ def _print(text: str) -> None:
 def _explain(error: BaseException) -> tuple[str, int]:
     """What to say on stderr, in one line, and what the shell should hear."""
     text, code = f"{type(error).__name__}: {error}; this is a bug, please report it with the output of --debug", 1
-    if isinstance(error, LikelyError):
+    if isinstance(error, (LikelyError, Stopped)):
         text, code = str(error), error.exit_code
     elif isinstance(error, (KeyboardInterrupt, typer.Abort)):
         text, code = "interrupted", 130
@@ -265,10 +270,20 @@ def _explain(error: BaseException) -> tuple[str, int]:
     return " ".join(text.split()), code
 
 
+def _with_value(arguments: list[str]) -> list[str]:
+    """``--resume`` alone means the newest checkpoint; the parser wants a value after every flag."""
+    given = []
+    for i, argument in enumerate(arguments):
+        following = arguments[i + 1] if i + 1 < len(arguments) else ""
+        alone = argument == "--resume" and not following.startswith(("step-", "newest"))
+        given.append("--resume=newest" if alone else argument)
+    return given
+
+
 def main() -> None:
-    """The process: one clear line and the right exit code for every fault."""
+    """One clear line and the right exit code for every fault."""
     debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"] or ["--help"]
+    arguments = _with_value([a for a in sys.argv[1:] if a != "--debug"]) or ["--help"]
     try:
         code = app(args=arguments, prog_name="likely", standalone_mode=False) or 0
         sys.stdout.flush()

@@ -62,8 +62,18 @@ class Config(BaseModel):
 
     seed: int = Field(0, ge=0, description="seed of the order of examples and of new adapters")
     eval_every: PositiveInt | None = Field(None, description="score the held-out data every so many steps [at the end]")
+    num_answers: int = Field(0, ge=0, description="held-out prompts that both models answer greedily, for the report")
     save_every: PositiveInt | None = Field(
-        None, description="write a checkpoint every so many steps, and after the last [only the tuned model is saved]"
+        None, description="write a checkpoint every so many steps, and after the last [every ten minutes]"
+    )
+    keep_checkpoints: PositiveInt = Field(3, description="checkpoints to keep: the newest, and the best one besides")
+    skip_nonfinite: int = Field(
+        0, ge=0, description="leave out up to so many steps whose loss or gradient is not finite; one more ends the run"
+    )
+    resume: str | None = Field(
+        None,
+        pattern=r"^(newest|step-\d{1,12})$",
+        description="go on with the run in --output from its newest valid checkpoint, or from the one named: step-N",
     )
 
     @model_validator(mode="after")
@@ -158,6 +168,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError("not a mapping of keys to values", place=str(path), way_out="write key: value lines")
     return loaded
+
+
+def stored_values(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that is to be resumed: those it was started with, and over them what is given now.
+
+    Raises:
+        ConfigError: the run's config.yaml can't be read.
+    """
+    stored = Path(str(values.get("output"))) / "config.yaml"
+    if values.get("resume") is None or not stored.is_file():
+        return values
+    return {**read_yaml(stored), **{key: value for key, value in values.items() if value is not None}}
 
 
 def to_yaml(config: Config) -> str:

@@ -81,6 +81,18 @@ def weights_hash(place: Place) -> str | None:
     return digest.hexdigest() if files else None
 
 
+def fingerprints(origins: dict[str, Any]) -> dict[str, str | None]:
+    """SHA-256 of each thing that must be the same when a run is resumed."""
+    eval_data = origins["eval_data"]
+    return {
+        "data": origins["data"]["sha256"],
+        "eval_data": eval_data["sha256"] if eval_data else None,
+        "tokenizer": origins["tokenizer_sha256"],
+        "template": origins["template_sha256"],
+        "base": origins["base_sha256"],
+    }
+
+
 def facts(config: dict[str, Any], origins: dict[str, Any], steps: Sequence[StepMetrics]) -> dict[str, str]:
     """Name -> value lines for the report."""
     tokens, distinct = sum(m.tokens for m in steps), sum(m.distinct_tokens for m in steps)

@@ -5,30 +5,31 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from likely import provenance
+from likely import manifest, provenance, run_folder, stops, storage
 from likely.config import Config, to_yaml
 from likely.data.dataset import Dataset, load_dataset, num_steps
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, Supervision, load_tokenizer
 from likely.data.trie import entropy_floor
-from likely.errors import ConfigError, ResourceError
+from likely.errors import ConfigError
 from likely.insight import evaluate as evaluation
 from likely.insight.lens import compare_next_token, next_token_logprobs
 from likely.insight.report import Answer, Report, write_report
+from likely.journal import Journal
 from likely.model import load as models
 from likely.model.forward import LanguageModel
 from likely.model.generate import greedy_answers
 from likely.training import engine
-from likely.training.checkpoint import save_checkpoint
+from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint, saved_steps
 from likely.training.log import Display, MetricsFile
 from likely.training.optim import build_optimizer
-from likely.types import Example, ExampleScore, StepMetrics
+from likely.types import Example, ExampleScore
 
 MAX_FLOOR_TOKENS = 20_000_000  # about 2 GB of trie
 
@@ -57,62 +58,64 @@ class _Inputs:
     config: Config  # resolved: no None where a number is meant
 
 
-def train(config: Config, display: Display, *, num_answers: int = 0) -> Run:
-    """Score the base model, train, score again, save, report.
-
-    Args:
-        num_answers: ask both models for greedy answers to so many held-out prompts.
+def train(config: Config, display: Display) -> Run:
+    """Score the base model, train, score again, save, report; or go on with a run where an earlier process stopped.
 
     Raises:
-        LikelyError: of the kind that fits; before any file is written if the input is at fault.
+        LikelyError: of the kind that fits; the folder is left as it was if the input is at fault.
+        Stopped: by a signal, after saving what is done.
     """
-    folder = _free_folder(config.output)
+    with stops.listening(), run_folder.claimed(config.output, resume=config.resume is not None) as folder:
+        try:
+            return _train(config, folder, display)
+        except stops.Stopped as stopped:
+            raise stops.Stopped(stopped.signum, f"{stopped}; {_how_to_go_on(folder)}") from None
+
+
+def _how_to_go_on(folder: Path) -> str:
+    saved = saved_steps(folder / "checkpoints")
+    if not saved and not (folder / "model").is_dir():
+        return "no step was done, so nothing was saved"
+    what = "the tuned model" if (folder / "model").is_dir() else name_of(saved[-1])
+    return f"{what} is saved: go on with likely train --resume --output {folder}"
+
+
+def _train(config: Config, folder: Path, display: Display) -> Run:
+    start = run_folder.find_start(folder, config.resume, display.say)
+    if start.finished:
+        display.say(f"{folder}: this run is finished, so there is nothing to resume")
+        return Run(folder, json.loads((folder / "report.json").read_bytes()))
     inputs = _read_inputs(config, display)
-    config = inputs.config
-    model = models.load_for_training(
-        config.model,
-        models.Tuning(config.lora_rank if config.tune == "lora" else None, config.lora_alpha, config.seed),
-        compute_dtype=models.choose_compute_dtype(config.dtype, models.best_device()),
-    )
+    model = _load(inputs)
     if not model.shares:
         display.say("this model's layers can't follow a branching prefix: each example is computed on its own")
-    total = num_steps(len(inputs.data.examples), config.batch_size, config.epochs, config.steps)
-    _make_folder(folder)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    origins = provenance.describe(
-        model, inputs.place, inputs.tokenizer, inputs.data, inputs.eval_data, seed=config.seed, num_steps=total
-    )
-    (folder / "run.json").write_text(json.dumps(origins, indent=2) + "\n", encoding="utf-8")
-    before = _look(model, inputs, num_answers, display, "base")
-    steps = _run_steps(model, inputs, total, folder, display)
-    after = _look(model, inputs, num_answers, display, "tuned")
-    models.save_model(model, inputs.tokenizer, folder / "model")
-    report = _compose_report(inputs, origins, steps, before, after)
-    write_report(report, folder)
-    (folder / "README.md").write_text(
-        provenance.model_card(report.title, report.verdict, report.facts), encoding="utf-8"
-    )
+    session = _begin(inputs, model, start, folder, display)
+    before = _look(model, inputs, display, "base")
+    if before:
+        session.journal.record(0, before.summary)
+    if start.manifest is not None:
+        del model  # before the next is loaded: two may not fit
+        model = _load(inputs, start.checkpoint.folder / "model" if start.checkpoint else folder / "model")
+    if not start.trained:
+        _run_steps(model, session, start)
+    after = _look(model, inputs, display, "tuned")
+    if after:
+        session.journal.record(session.total, after.summary)
+    report = _compose_report(session, before, after)
+    card = provenance.model_card(report.title, report.verdict, report.facts)
+    with storage.disk_errors(folder, "the report"):
+        storage.replace_file(folder / "README.md", card.encode())
+        write_report(report, folder)
     display.say(report.verdict)
     return Run(folder, report.to_dict())
 
 
-def _free_folder(output: str) -> Path:
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError("the run folder is not empty", place=output, way_out="name another --output or remove it")
-    parent = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ResourceError(f"{parent} can't be written to", place=output, way_out="name another --output")
-    return folder
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ResourceError(
-            f"the folder can't be made: {error.strerror or error}", place=str(folder), way_out="name another --output"
-        ) from error
+def _load(inputs: _Inputs, saved: Path | None = None) -> LanguageModel:
+    config, dtype = inputs.config, models.choose_compute_dtype(inputs.config.dtype, models.best_device())
+    if saved is not None:
+        return models.load_for_resuming(config.model, saved, compute_dtype=dtype)
+    tuning = models.Tuning(config.lora_rank if config.tune == "lora" else None, config.lora_alpha, config.seed)
+    return models.load_for_training(config.model, tuning, compute_dtype=dtype)
 
 
 def _read_inputs(config: Config, display: Display) -> _Inputs:
@@ -142,14 +145,26 @@ def _read_inputs(config: Config, display: Display) -> _Inputs:
             place=str(longest.source),
             way_out=f"use at least {num_longest}",
         )
-    resolved = config.model_copy(
+    pack_tokens = config.pack_tokens or default_pack_tokens([longest])
+    return _Inputs(place, tokenizer, renderer, data, eval_data, _resolve(config, limit, pack_tokens))
+
+
+def _resolve(config: Config, max_length: int, pack_tokens: int) -> Config:
+    """The config with nothing left to a default that another machine, folder or version might choose otherwise."""
+    dtype = models.choose_compute_dtype(config.dtype, models.best_device())
+    alpha = config.lora_alpha if config.lora_alpha is not None or config.tune == "full" else 2.0 * config.lora_rank
+    places = {key: getattr(config, key) for key in ("model", "data", "eval_data", "output")}
+    return config.model_copy(
         update={
+            **{key: str(Path(place).absolute()) for key, place in places.items() if place and Path(place).exists()},
             "learning_rate": config.peak_learning_rate,
-            "max_length": limit,
-            "pack_tokens": config.pack_tokens or default_pack_tokens([longest]),
+            "max_length": max_length,
+            "pack_tokens": pack_tokens,
+            "dtype": str(dtype).removeprefix("torch."),
+            "lora_alpha": alpha,
+            "resume": None,
         }
     )
-    return _Inputs(place, tokenizer, renderer, data, eval_data, resolved)
 
 
 @dataclass(frozen=True)
@@ -168,7 +183,7 @@ def _first_prediction(example: Example) -> tuple[list[int], int]:
     return example.token_ids_T[:first].tolist(), int(example.token_ids_T[first])
 
 
-def _look(model: LanguageModel, inputs: _Inputs, num_answers: int, display: Display, state: str) -> _Look | None:
+def _look(model: LanguageModel, inputs: _Inputs, display: Display, state: str) -> _Look | None:
     if inputs.eval_data is None:
         return None
     examples = inputs.eval_data.examples
@@ -177,7 +192,7 @@ def _look(model: LanguageModel, inputs: _Inputs, num_answers: int, display: Disp
     summary = evaluation.summarize(examples, scores, inputs.tokenizer)
     low, high = summary.ci95 or (math.nan, math.nan)
     display.say(f"{state}: held-out NLL {summary.nll:.4f} nats per token, 95% interval [{low:.4f}, {high:.4f}]")
-    asked = examples[:num_answers]
+    asked = examples[: inputs.config.num_answers]
     answers = greedy_answers(
         model,
         inputs.tokenizer,
@@ -189,12 +204,85 @@ def _look(model: LanguageModel, inputs: _Inputs, num_answers: int, display: Disp
     return _Look(scores, summary, next_token_logprobs(model, _first_prediction(examples[0])[0]), answers)
 
 
-def _run_steps(model: LanguageModel, inputs: _Inputs, total: int, folder: Path, display: Display) -> list[StepMetrics]:
-    config, steps = inputs.config, list[StepMetrics]()
-    assert config.pack_tokens is not None  # noqa: S101  (resolved)
+@dataclass(frozen=True)
+class _Session:
+    """A training under way. ``about`` goes into the manifest of all that is saved."""
+
+    inputs: _Inputs
+    folder: Path
+    display: Display
+    total: int
+    origins: dict[str, Any]
+    about: dict[str, Any]
+    journal: Journal
+
+
+def _begin(inputs: _Inputs, model: LanguageModel, start: run_folder.Start, folder: Path, display: Display) -> _Session:
+    """Write down what is about to be done, after comparing it with what was begun."""
+    config = inputs.config
+    total = num_steps(len(inputs.data.examples), config.batch_size, config.epochs, config.steps)
+    origins = provenance.describe(
+        model, inputs.place, inputs.tokenizer, inputs.data, inputs.eval_data, seed=config.seed, num_steps=total
+    )
+    origins = {"run_id": start.run_id or secrets.token_hex(16), **origins}
+    about = {
+        "run_id": origins["run_id"],
+        "config": config.model_dump(),
+        "fingerprints": provenance.fingerprints(origins),
+        "versions": origins["versions"],
+    }
+    if start.manifest is not None:
+        run_folder.refuse_changes(start.manifest, about, folder)
+    require_disk(folder, models.bytes_to_save(model))
+    with storage.disk_errors(folder, "the run's settings"):
+        storage.replace_file(folder / "config.yaml", to_yaml(config).encode())
+        storage.replace_file(folder / "run.json", (json.dumps(origins, indent=2) + "\n").encode())
+    journal = Journal(
+        MetricsFile(folder / "metrics.jsonl"),
+        total,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        skip_nonfinite=config.skip_nonfinite,
+    )
+    if start.state is not None:
+        journal.remember(start.state)
+    return _Session(inputs, folder, display, total, origins, about, journal)
+
+
+def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start) -> None:
+    config, journal, inputs, display = session.inputs.config, session.journal, session.inputs, session.display
     optimizer = build_optimizer(model.network.parameters(), config.weight_decay)
-    metrics_file = MetricsFile(folder / "metrics.jsonl")
-    plan = engine.TrainingPlan(
+    if start.checkpoint is not None:
+        restore(start.checkpoint, model.network, optimizer)
+        display.say(f"going on after step {journal.step} of {session.total}")
+    checkpoints = session.folder / "checkpoints"
+
+    def save_model(path: Path) -> None:
+        models.save_model(model, inputs.tokenizer, path)
+
+    def save(state: State) -> None:
+        saved = save_checkpoint(checkpoints, state, model.network, optimizer, save_model, session.about)
+        display.say(f"saved {saved}")
+        rotate(checkpoints, config.keep_checkpoints, [journal.best[0]] if journal.best else [])
+
+    def evaluate() -> evaluation.Evaluation:
+        assert inputs.eval_data is not None  # noqa: S101
+        examples = inputs.eval_data.examples
+        scores = evaluation.score_examples(model, examples, config.pack_tokens or 0)
+        return evaluation.summarize(examples, scores, inputs.tokenizer)
+
+    journal.save, journal.evaluate = save, evaluate if inputs.eval_data else None
+    with display.training(session.total, journal.step) as show, journal.guarding():
+        journal.show = show
+        journal.catch_up()
+        examples = inputs.data.examples
+        engine.train(model, examples, optimizer, _plan(config, session.total), journal, steps_done=journal.step)
+    _save_tuned(save_model, session)
+
+
+def _plan(config: Config, total: int) -> engine.TrainingPlan:
+    assert config.pack_tokens is not None  # noqa: S101  (resolved)
+    return engine.TrainingPlan(
         num_steps=total,
         batch_size=config.batch_size,
         pack_tokens=config.pack_tokens,
@@ -205,36 +293,27 @@ def _run_steps(model: LanguageModel, inputs: _Inputs, total: int, folder: Path, 
         normalize=config.normalize,
         seed=config.seed,
     )
-    with display.training(total) as show:
-
-        def after_step(metrics: StepMetrics) -> None:
-            steps.append(metrics)
-            metrics_file.write_step(metrics)
-            show(metrics)
-            last = metrics.step == total
-            if inputs.eval_data and config.eval_every and metrics.step % config.eval_every == 0 and not last:
-                scores = evaluation.score_examples(model, inputs.eval_data.examples, plan.pack_tokens)
-                summary = evaluation.summarize(inputs.eval_data.examples, scores, inputs.tokenizer)
-                metrics_file.write({"step": metrics.step, "evaluation": asdict(summary)})
-            if config.save_every and (last or metrics.step % config.save_every == 0):
-                save_checkpoint(
-                    folder / "checkpoints",
-                    metrics.step,
-                    model.network,
-                    optimizer,
-                    lambda path: models.save_model(model, inputs.tokenizer, path),
-                )
-
-        engine.train(model, inputs.data.examples, optimizer, plan, after_step)
-    return steps
 
 
-def _compose_report(
-    inputs: _Inputs, origins: dict[str, Any], steps: list[StepMetrics], before: _Look | None, after: _Look | None
-) -> Report:
+def _save_tuned(save_model: Callable[[Path], None], session: _Session) -> None:
+    """RUN/model, at once after the last step: from then on only the looks and the report are left to do."""
+    final = session.folder / "model"
+    unfinished = storage.unfinished_name(final)
+    with stops.shield(), storage.disk_errors(final, "the tuned model"):
+        try:
+            save_model(unfinished)
+            manifest.seal(unfinished, {"kind": "model", **session.about, "state": asdict(session.journal.state)})
+            storage.put_in_place(unfinished, final)
+        except BaseException:
+            storage.discard(unfinished)
+            raise
+
+
+def _compose_report(session: _Session, before: _Look | None, after: _Look | None) -> Report:
+    inputs, steps = session.inputs, session.journal.steps
     report = Report(
         title=f"{Path(inputs.config.data).name} on {inputs.config.model}",
-        facts=provenance.facts(inputs.config.model_dump(), origins, steps),
+        facts=provenance.facts(inputs.config.model_dump(), session.origins, steps),
         steps=steps,
         entropy_floor=_entropy_floor(inputs.data.examples),
     )
@@ -283,4 +362,5 @@ def demo_config(output: str | None = None, *, steps: int | None = None) -> Confi
         learning_rate=3e-4,
         epochs=2.0,
         steps=steps,
+        num_answers=40,
     )

@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from likely import storage
 from likely.insight.evaluate import Delta, Evaluation
 from likely.insight.lens import Lens
 from likely.types import FloatArray, StepMetrics
@@ -84,10 +85,10 @@ class Report:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """``report.json`` and ``report.html`` in a folder. The page needs nothing from any network."""
+    """``report.html``, which needs nothing from any network; then ``report.json``, which marks a run as finished."""
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    (folder / "report.html").write_text(render_html(report), encoding="utf-8")
+    storage.replace_file(folder / "report.html", render_html(report).encode())
+    storage.replace_file(folder / "report.json", (text + "\n").encode())
 
 
 def render_html(report: Report) -> str:

@@ -154,6 +154,18 @@ def load_for_training(
     return connect(network, name, compute_dtype=compute_dtype)
 
 
+def load_for_resuming(
+    name: str, saved: Path, *, compute_dtype: torch.dtype, device: torch.device | None = None
+) -> LanguageModel:
+    """The model that a training of ``name`` had saved in a folder, with float32 master weights and the same things to
+    train."""
+    place = Place(str(saved))
+    if (saved / "adapter_config.json").is_file():
+        place = Place(find_model(name).weights, str(saved))
+    network = read_network(place, dtype=torch.float32, trainable=True).to(device or best_device())
+    return connect(network, name, compute_dtype=compute_dtype)
+
+
 def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
     """The weights, or the adapter alone, with the tokenizer and its template, as files of transformers or peft.
 
@@ -170,6 +182,14 @@ def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
         else:
             network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def bytes_to_save(model: LanguageModel) -> int:
+    """Bytes on disk of one checkpoint (weights or adapter, and AdamW's two moments) and of the tuned model."""
+    parameters = list(model.network.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    saved = trainable if isinstance(model.network, PeftModel) else sum(p.numel() for p in parameters)
+    return int(4 * (2 * saved + 2 * trainable))
 
 
 def best_device() -> torch.device:

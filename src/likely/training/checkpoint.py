@@ -1,66 +1,214 @@
-"""A checkpoint: everything that decides the next step, as safetensors and JSON.
+"""A checkpoint: everything that decides the next step, as safetensors and JSON, whole or not there at all.
 
-step-000010/MANIFEST.json          SHA-256 of every other file
+step-000010/MANIFEST.json          run, step, config, fingerprints of data and base; SHA-256 of every other file
 step-000010/model/                 the weights or the adapter, as transformers or peft load them
 step-000010/optimizer.safetensors  AdamW's moments by parameter name
-step-000010/state.json             the step; order and learning rate are pure functions of it
+step-000010/random.safetensors     the random generators
+step-000010/state.json             the step and what the metrics were; order and learning rate are functions of the step
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from likely.errors import ResourceError
+from likely import manifest, storage
+from likely.errors import ModelError, ResourceError
+from likely.stops import shield
+
+FOLDER = re.compile(r"step-(\d{6,12})")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run must know to go on after ``step`` steps. ``metrics_bytes`` is the length of metrics.jsonl then,
+    ``skipped`` how many steps changed nothing because they were not finite, ``best`` the (step, held-out NLL in nats
+    per token) of the best evaluation so far."""
+
+    step: int
+    metrics_bytes: int
+    skipped: int = 0
+    best: tuple[int, float] | None = None
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> State:
+        """The state that ``asdict`` and JSON made ``values`` of."""
+        return cls(**{**values, "best": tuple(values["best"]) if values["best"] else None})
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def save_checkpoint(
     folder: Path,
-    step: int,
+    state: State,
     network: Any,
     optimizer: torch.optim.Optimizer,
     save_model: Callable[[Path], None],
+    about: dict[str, Any],
 ) -> Path:
-    """Write ``folder/step-N`` under another name and rename it when it is whole.
+    """Write ``folder/step-N``. When this returns it is on the disk, and no crash can take it away.
+
+    Args:
+        about: goes into the manifest, which binds every file to it.
 
     Raises:
-        ResourceError: the disk refuses.
+        ResourceError: the disk refuses; what was saved before is as it was.
     """
-    final = folder / f"step-{step:06d}"
-    unfinished = folder / f".{final.name}"
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        save_model(unfinished / "model")
-        save_file(_optimizer_tensors(network, optimizer), unfinished / "optimizer.safetensors")
-        (unfinished / "state.json").write_text(json.dumps({"step": step}, indent=2) + "\n", encoding="utf-8")
-        manifest = {
-            str(path.relative_to(unfinished)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(unfinished.rglob("*"))
-            if path.is_file()
-        }
-        (unfinished / "MANIFEST.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        unfinished.rename(final)
-    except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise ResourceError(
-            f"the checkpoint can't be written: {error.strerror or error}", place=str(final), way_out="free some disk"
-        ) from error
+    final = folder / name_of(state.step)
+    unfinished = storage.unfinished_name(final)
+    with shield(), storage.disk_errors(final, "the checkpoint"):
+        try:
+            storage.make_folders(folder)
+            storage.system.make_folder(unfinished)
+            save_model(unfinished / "model")
+            save_file(_optimizer_tensors(network, optimizer), unfinished / "optimizer.safetensors")
+            save_file(_random_states(), unfinished / "random.safetensors")
+            storage.create_file(unfinished / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
+            manifest.seal(unfinished, {"kind": "checkpoint", **about, "step": state.step})
+            storage.put_in_place(unfinished, final)
+        except BaseException:
+            storage.discard(unfinished)
+            raise
     return final
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint by name, oldest first; other names are none of ours."""
+    names = [FOLDER.fullmatch(p.name) for p in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(m[1]) for m in names if m and m[0] == name_of(int(m[1])))
+
+
+def rotate(folder: Path, keep: int, spared: Sequence[int]) -> None:
+    """Remove the oldest checkpoints but for the newest ``keep`` and the ``spared``."""
+    for step in saved_steps(folder)[:-keep]:
+        if step not in spared:
+            with shield():
+                storage.discard(folder / name_of(step))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every byte is as it was written."""
+
+    folder: Path
+    state: State
+    manifest: dict[str, Any]
+
+
+def open_checkpoint(folder: Path, run_id: str) -> Checkpoint:
+    """Verify a checkpoint of a run.
+
+    Raises:
+        ModelError: what is wrong with it.
+    """
+    if not folder.is_dir() or folder.is_symlink():
+        saved = ", ".join(map(name_of, saved_steps(folder.parent))) or "none"
+        raise ModelError("no such checkpoint", place=str(folder), way_out=f"saved: {saved}")
+    content = manifest.verify(folder)
+    if content.get("kind") != "checkpoint" or name_of(content["step"]) != folder.name:
+        raise ModelError(f"its manifest is that of {content.get('kind')} {content.get('step')}", place=str(folder))
+    if content.get("run_id") != run_id:
+        raise ModelError("it belongs to another run", place=str(folder))
+    try:
+        return Checkpoint(folder, State.of(json.loads((folder / "state.json").read_bytes())), content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"state.json can't be read: {error}", place=str(folder)) from error
+
+
+def newest_valid(folder: Path, run_id: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be trusted, and why each newer one was passed over.
+
+    Raises:
+        ModelError: there are some, and none can be trusted.
+    """
+    reasons: list[str] = []
+    for step in reversed(saved_steps(folder)):
+        try:
+            return open_checkpoint(folder / name_of(step), run_id), reasons
+        except ModelError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise ModelError(
+            f"no checkpoint can be trusted: {'; '.join(reasons)}",
+            place=str(folder),
+            way_out="restore one from a backup, or start again with another --output",
+        )
+    return None, []
+
+
+def restore(checkpoint: Checkpoint, network: Any, optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's moments and the random generators of a checkpoint; its weights are loaded with the model.
+
+    Raises:
+        ModelError: the moments are not those of the network's trainable parameters.
+    """
+    _restore_optimizer(load_file(checkpoint.folder / "optimizer.safetensors"), network, optimizer, checkpoint.folder)
+    states = load_file(checkpoint.folder / "random.safetensors")
+    torch.set_rng_state(states["cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+
+
+def _restore_optimizer(
+    tensors: dict[str, torch.Tensor], network: Any, optimizer: torch.optim.Optimizer, folder: Path
+) -> None:
+    names = _trainable(network, optimizer)
+    wanted = {f"{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
+    # Before the first step AdamW has no moments at all.
+    if tensors and (wanted != set(tensors)):
+        strange = sorted(wanted ^ set(tensors))[0]
+        raise ModelError(f"the optimizer's moments are those of other parameters: {strange}", place=str(folder))
+    for name, parameter in names.items():
+        if not tensors:
+            break
+        moments = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+        if any(moments[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
+            raise ModelError(f"the optimizer's moments of {name} have another shape", place=str(folder))
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
+
+
+def _trainable(network: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    chosen = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in network.named_parameters() if id(p) in chosen}
+
+
 def _optimizer_tensors(network: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    names = {id(p): name for name, p in network.named_parameters()}
     return {
-        f"{names[id(p)]}.{key}": value.contiguous()
-        for p, state in optimizer.state.items()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
+        f"{name}.{key}": value.contiguous()
+        for name, parameter in _trainable(network, optimizer).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def _random_states() -> dict[str, torch.Tensor]:
+    """Of torch, the only ones that a layer could draw from; the order of examples is a function of the seed."""
+    return {"cpu": torch.get_rng_state()} | {
+        f"cuda.{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())
+    }
+
+
+def require_disk(folder: Path, num_bytes: int) -> None:
+    """Find out before hours of work that there is no room for what they give.
+
+    Raises:
+        ResourceError: fewer than 1.2 x ``num_bytes`` are free.
+    """
+    disk = os.statvfs(folder)
+    free, needed = disk.f_bavail * disk.f_frsize, int(1.2 * num_bytes)
+    if free < needed:
+        raise ResourceError(
+            f"{free / 1e6:,.0f} MB of disk are free, and a checkpoint with the model takes {needed / 1e6:,.0f} MB",
+            place=str(folder),
+            way_out="free some, or name an --output on another disk",
+        )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -12,8 +13,9 @@ from likely.data.dataset import examples_of_step
 from likely.data.packing import build_packs, normalize_per_example
 from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel
+from likely.stops import shield
 from likely.training.optim import Schedule, learning_rate_at, set_learning_rate
-from likely.training.step import train_step
+from likely.training.step import apply_gradient, compute_gradient
 from likely.types import Example, StepMetrics
 
 
@@ -33,19 +35,34 @@ class TrainingPlan:
     seed: int
 
 
+class Observer(Protocol):
+    """Who is told of the steps."""
+
+    def updated(self, metrics: StepMetrics) -> None:
+        """The step's update and this call are one for a signal, which must wait for both: be short."""
+
+    def between_steps(self, step: int) -> None:
+        """After step ``step``, where there is time: evaluate, save."""
+
+    def not_finite(self, step: int, error: NonFiniteError) -> None:
+        """The step's gradient can't be used, and no weight was changed: raise, or return to leave the step out."""
+
+
 def train(
     model: LanguageModel,
     examples: Sequence[Example],
     optimizer: torch.optim.Optimizer,
     plan: TrainingPlan,
-    on_step: Callable[[StepMetrics], None],
+    observer: Observer,
+    *,
+    steps_done: int = 0,
 ) -> None:
-    """All steps of a plan; ``on_step`` is called after each with its metrics (it logs, evaluates, saves).
+    """The steps of a plan after the ``steps_done`` first ones.
 
     Raises:
         NonFiniteError: names the step and the examples in it; the weights are those of the step before.
     """
-    for step in range(1, plan.num_steps + 1):
+    for step in range(steps_done + 1, plan.num_steps + 1):
         started = time.perf_counter()
         chosen = [examples[i] for i in examples_of_step(step, len(examples), plan.batch_size, plan.seed)]
         weighed = [normalize_per_example(e) for e in chosen] if plan.normalize == "example" else chosen
@@ -55,22 +72,34 @@ def train(
         )
         set_learning_rate(optimizer, learning_rate)
         try:
-            nll, grad_norm = train_step(model, packs, optimizer, plan.max_grad_norm)
+            nll, grad_norm = compute_gradient(model, packs, optimizer, plan.max_grad_norm)
         except NonFiniteError as error:
-            raise NonFiniteError(
-                error.message,
-                place=f"step {step}",
-                way_out=f"look at {', '.join(str(e.source) for e in chosen[:8])}, or lower --learning-rate",
-            ) from error
-        on_step(
-            StepMetrics(
-                step=step,
-                nll=nll,
-                tokens=sum(len(e.token_ids_T) for e in chosen),
-                distinct_tokens=sum(pack.num_nodes for pack in packs),
-                supervised_tokens=sum(int((e.weights_T > 0).sum()) for e in chosen),
-                grad_norm=grad_norm,
-                learning_rate=learning_rate,
-                seconds=time.perf_counter() - started,
+            with shield():
+                observer.not_finite(step, _located(error, step, chosen))
+            observer.between_steps(step)
+            continue
+        with shield():
+            apply_gradient(optimizer)
+            observer.updated(
+                StepMetrics(
+                    step=step,
+                    nll=nll,
+                    tokens=sum(len(e.token_ids_T) for e in chosen),
+                    distinct_tokens=sum(pack.num_nodes for pack in packs),
+                    supervised_tokens=sum(int((e.weights_T > 0).sum()) for e in chosen),
+                    grad_norm=grad_norm,
+                    learning_rate=learning_rate,
+                    seconds=time.perf_counter() - started,
+                )
             )
-        )
+        observer.between_steps(step)
+
+
+def _located(error: NonFiniteError, step: int, chosen: Sequence[Example]) -> NonFiniteError:
+    named = ", ".join(str(e.source) for e in chosen[:8])
+    more = f" and {len(chosen) - 8} more" if len(chosen) > 8 else ""
+    return NonFiniteError(
+        error.message,
+        place=f"step {step}",
+        way_out=f"look at {named}{more}, lower --learning-rate, or leave such steps out with --skip-nonfinite",
+    )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from likely import storage
 from likely.types import StepMetrics
 
 Item = TypeVar("Item")
@@ -20,24 +22,62 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class MetricsFile:
-    """Appends one JSON object a line, each on disk before the next step starts."""
+    """One JSON object a line. A line is the operating system's before the next step starts, and on the disk before a
+    checkpoint speaks of it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    @property
+    def num_bytes(self) -> int:
+        return self._path.stat().st_size if self._path.exists() else 0
+
     def write(self, metrics: dict[str, Any]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        with storage.disk_errors(self._path, "the metrics"):
+            storage.append(self._path, (json.dumps(metrics, allow_nan=False) + "\n").encode())
 
     def write_step(self, metrics: StepMetrics) -> None:
         self.write(asdict(metrics))
+
+    def sync(self) -> None:
+        with storage.disk_errors(self._path, "the metrics"):
+            if self._path.exists():
+                storage.sync_file(self._path)
+
+    def rewind(self, num_bytes: int) -> list[dict[str, Any]]:
+        """Forget what stands after the first ``num_bytes`` bytes; the lines that stay."""
+        with storage.disk_errors(self._path, "the metrics"):
+            if self.num_bytes > num_bytes:
+                storage.truncate(self._path, num_bytes)
+            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        return [json.loads(line) for line in lines]
+
+
+class _Stderr:
+    """The standard error stream of the moment. A terminal that was closed, or a pipe that nobody reads, must not end a
+    training."""
+
+    encoding = property(lambda _: getattr(sys.stderr, "encoding", "utf-8"))
+
+    def write(self, text: str) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        with suppress(OSError, ValueError, AttributeError):
+            return sys.stderr.isatty()
+        return False
 
 
 class Display:
     """Progress and prose on stderr: bars in a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(file=cast(IO[str], _Stderr()), quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """One line, as it is: text of users is not markup."""
@@ -52,11 +92,11 @@ class Display:
                 progress.advance(task)
 
     @contextmanager
-    def training(self, num_steps: int) -> Iterator[Callable[[StepMetrics], None]]:
+    def training(self, num_steps: int, steps_done: int = 0) -> Iterator[Callable[[StepMetrics], None]]:
         """A bar for the steps, with NLL per token, tokens/s and time left; call the result after each step."""
         tokens = seconds = last_line = 0.0
         with self._progress() as progress:
-            task = progress.add_task("training", total=num_steps, note="")
+            task = progress.add_task("training", total=num_steps, completed=steps_done, note="")
 
             def show(metrics: StepMetrics) -> None:
                 nonlocal tokens, seconds, last_line
@@ -68,7 +108,7 @@ class Display:
                 done = metrics.step == num_steps
                 if not self.console.is_terminal and (done or time.monotonic() - last_line > SECONDS_BETWEEN_LINES):
                     last_line = time.monotonic()
-                    left = seconds / metrics.step * (num_steps - metrics.step)
+                    left = seconds / (metrics.step - steps_done) * (num_steps - metrics.step)
                     self.say(f"step {metrics.step}/{num_steps}  {note}  {left:.0f} s left")
 
             yield show

@@ -15,16 +15,25 @@ from likely.types import Pack
 def train_step(
     model: LanguageModel, packs: Sequence[Pack], optimizer: torch.optim.Optimizer, max_grad_norm: float
 ) -> tuple[float, float]:
-    """One update of the weights towards the gold tokens of all packs together.
+    """One update of the weights towards the gold tokens of all packs together; see :func:`compute_gradient`."""
+    nll, grad_norm = compute_gradient(model, packs, optimizer, max_grad_norm)
+    apply_gradient(optimizer)
+    return nll, grad_norm
 
-    Each pack's sum is divided by the one number of supervised weight of the whole step, so the gradient is that of the
-    mean NLL over the step's tokens, however the step was cut into packs.
+
+def compute_gradient(
+    model: LanguageModel, packs: Sequence[Pack], optimizer: torch.optim.Optimizer, max_grad_norm: float
+) -> tuple[float, float]:
+    """The clipped gradient of the mean NLL over the step's tokens, left on the parameters. No weight changes.
+
+    Each pack's sum is divided by the one number of supervised weight of the whole step, so the gradient is the same
+    however the step was cut into packs.
 
     Returns:
-        NLL per unit of weight (nats) before the update, and the gradient's global norm before clipping.
+        NLL per unit of weight (nats), and the gradient's global norm before clipping.
 
     Raises:
-        NonFiniteError: the loss or the norm is not finite; the weights are as they were.
+        NonFiniteError: the loss or the norm is not finite; the gradient is thrown away.
     """
     num_tokens = sum(float(pack.weight_E.sum()) for pack in packs)
     nll = 0.0
@@ -38,6 +47,10 @@ def train_step(
     if not (torch.tensor([nll, grad_norm]).isfinite().all()):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(f"loss {nll} and gradient norm {grad_norm} before the update")
+    return nll, grad_norm
+
+
+def apply_gradient(optimizer: torch.optim.Optimizer) -> None:
+    """Update the weights, and forget the gradient."""
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return nll, grad_norm

@@ -1,0 +1,132 @@
+"""What happens around the steps of a run: metrics are written, held-out data is scored, checkpoints are saved."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+
+from likely import stops
+from likely.errors import NonFiniteError
+from likely.insight.evaluate import Evaluation
+from likely.training.checkpoint import State
+from likely.training.log import MetricsFile
+from likely.types import StepMetrics
+
+SECONDS_BETWEEN_SAVES = 600.0
+MAX_SAVING_SHARE = 0.03  # of the time, where the user names no interval
+
+
+@dataclass
+class Journal:
+    """Observes the loop. Its memory is metrics.jsonl, so a resumed run remembers what an earlier process did.
+
+    Args:
+        num_steps: of the whole run.
+        save: writes a checkpoint of a state.
+        evaluate: scores the held-out data; None where there is none.
+        show: is told of each step, for the progress bar.
+        skip_nonfinite: how many steps may be left out.
+    """
+
+    metrics: MetricsFile
+    num_steps: int
+    save: Callable[[State], None] = lambda _: None
+    evaluate: Callable[[], Evaluation] | None = None
+    show: Callable[[StepMetrics], None] = lambda _: None
+    eval_every: int | None = None
+    save_every: int | None = None
+    skip_nonfinite: int = 0
+
+    steps: list[StepMetrics] = field(default_factory=list)
+    step: int = 0
+    skipped: int = 0
+    best: tuple[int, float] | None = None
+    _evaluated: set[int] = field(default_factory=set)
+    _saved_step: int = 0
+    _saved_at: float = field(default_factory=time.monotonic)
+    _saving_seconds: float = 0.0
+
+    def remember(self, state: State) -> None:
+        """Go back to a state that was saved."""
+        for line in self.metrics.rewind(state.metrics_bytes):
+            if "nll" in line:
+                self.steps.append(StepMetrics(**line))
+            elif "evaluation" in line:
+                self._evaluated.add(line["step"])
+        self.step = self._saved_step = state.step
+        self.skipped, self.best = state.skipped, state.best
+
+    def updated(self, metrics: StepMetrics) -> None:
+        self.step = metrics.step
+        self.steps.append(metrics)
+        self.metrics.write_step(metrics)
+        self.show(metrics)
+
+    def not_finite(self, step: int, error: NonFiniteError) -> None:
+        if self.skipped >= self.skip_nonfinite:
+            raise error
+        self.skipped += 1
+        self.step = step
+        self.metrics.write({"step": step, "skipped": str(error)})
+
+    def between_steps(self, step: int) -> None:
+        stops.check()
+        last = step == self.num_steps
+        if self.eval_every and step % self.eval_every == 0 and not last:
+            self.record_evaluation()
+        due = self.save_every and (last or step % self.save_every == 0)
+        if due or (not self.save_every and not last and self._long_since_saved()):
+            self.save_now()
+
+    def record_evaluation(self) -> None:
+        """Score the held-out data with the present weights, once for each step."""
+        if self.evaluate is not None and self.step not in self._evaluated:
+            self.record(self.step, self.evaluate())
+
+    def record(self, step: int, summary: Evaluation) -> None:
+        """Note an evaluation of the weights after ``step`` steps, where the user asked for evaluations on the way."""
+        if not self.eval_every or step in self._evaluated:
+            return
+        with stops.shield():
+            self.metrics.write({"step": step, "evaluation": asdict(summary)})
+            self._evaluated.add(step)
+            if step and (self.best is None or summary.nll < self.best[1]):
+                self.best = (step, summary.nll)
+
+    def catch_up(self) -> None:
+        """Do what was due after the step that a resumed run was stopped in, if it was not done."""
+        if self.step:
+            self.between_steps(self.step)
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Whatever ends the steps inside, save the last whole one, if that can still be done."""
+        try:
+            with stops.rescuing(self.save_now):
+                yield
+        except BaseException:
+            with suppress(Exception):
+                self.save_now()
+            raise
+
+    def save_now(self) -> None:
+        """Save the state after the last whole step, unless that was done."""
+        if self.step == self._saved_step:
+            return
+        with stops.shield():
+            started = time.monotonic()
+            self.save(self.state)
+            self._saved_step, self._saved_at = self.step, time.monotonic()
+            self._saving_seconds = self._saved_at - started
+
+    @property
+    def state(self) -> State:
+        """The present state; the metrics it speaks of are on the disk."""
+        self.metrics.sync()
+        return State(self.step, self.metrics.num_bytes, self.skipped, self.best)
+
+    def _long_since_saved(self) -> bool:
+        wait = max(SECONDS_BETWEEN_SAVES, self._saving_seconds / MAX_SAVING_SHARE)
+        return time.monotonic() - self._saved_at > wait

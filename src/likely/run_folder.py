@@ -1,0 +1,172 @@
+"""The run folder as a process finds it: its lock, what an earlier process left there, and where to go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from likely import manifest, storage
+from likely.errors import ConfigError, ModelError
+from likely.training.checkpoint import Checkpoint, State, name_of, newest_valid, open_checkpoint, saved_steps
+
+# What stands in a folder before anything of worth does.
+BEGINNING = {"config.yaml", "run.json", "metrics.jsonl", "checkpoints"}
+# Settings that change no weight and no score. Where the data and the model stand may change too: their content may not.
+FREE = {
+    "data",
+    "eval_data",
+    "eval_every",
+    "keep_checkpoints",
+    "model",
+    "num_answers",
+    "output",
+    "pack_tokens",
+    "resume",
+    "save_every",
+    "skip_nonfinite",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on: after a ``checkpoint``; or, when ``trained``, with the tuned model that is in place already;
+    or, when ``finished``, nowhere. ``manifest`` and ``state`` are those of the checkpoint or the tuned model."""
+
+    run_id: str | None = None
+    manifest: dict[str, Any] | None = None
+    state: State | None = None
+    checkpoint: Checkpoint | None = None
+    trained: bool = False
+    finished: bool = False
+
+
+@contextmanager
+def claimed(output: str, *, resume: bool) -> Iterator[Path]:
+    """Make the folder if need be and hold its lock. If it was empty and nothing of worth was saved in it, it is left as
+    it was found.
+
+    Raises:
+        ConfigError: it is a file, or holds something already and is not to be resumed.
+        LockedError: another process works there.
+        ResourceError: it can't be made or written to.
+    """
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError("this is a file", place=output, way_out="name a folder for the run")
+    existed = folder.is_dir()
+    with storage.disk_errors(folder, "the run folder"):
+        storage.make_folders(folder.absolute())
+    try:
+        with storage.locked(folder):
+            storage.sweep(folder)
+            storage.sweep(folder / "checkpoints")
+            if not resume and _is_of_worth(folder):
+                raise ConfigError(
+                    "the run folder is not empty",
+                    place=output,
+                    way_out="go on with it by --resume, name another --output, or remove it",
+                )
+            if not _is_of_worth(folder):
+                _clear(folder)
+            try:
+                yield folder
+            except BaseException:
+                storage.sweep(folder)
+                if not _is_of_worth(folder):
+                    _clear(folder)
+                raise
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def _is_of_worth(folder: Path) -> bool:
+    names = {p.name for p in folder.iterdir()} - {storage.LOCK} if folder.is_dir() else set()
+    return bool(names - BEGINNING) or bool(saved_steps(folder / "checkpoints")) or names == {"checkpoints"}
+
+
+def _clear(folder: Path) -> None:
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path.name in BEGINNING:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def find_start(folder: Path, resume: str | None, say: Callable[[str], None]) -> Start:
+    """What of an earlier process can be gone on with; each thing that can't be trusted is told and passed over.
+
+    Raises:
+        ModelError: there are checkpoints and none is whole, or the one asked for is not.
+    """
+    if resume is None or not (folder / "run.json").is_file():
+        if resume is not None:
+            say(f"{folder}: nothing to resume yet, the run starts from the beginning")
+        return Start()
+    run_id = _run_id(folder)
+    if (folder / "model").exists():
+        try:
+            content = manifest.verify(folder / "model")
+            if content.get("run_id") != run_id:
+                raise ModelError("it belongs to another run", place=str(folder / "model"))
+            state = State.of(content["state"])
+            return Start(run_id, content, state, trained=True, finished=(folder / "report.json").is_file())
+        except ModelError as error:
+            say(f"passed over: {error}")
+    if resume == "newest":
+        checkpoint, reasons = newest_valid(folder / "checkpoints", run_id)
+        for reason in reasons:
+            say(f"passed over: {reason}")
+    else:
+        checkpoint = open_checkpoint(folder / "checkpoints" / name_of(int(resume.removeprefix("step-"))), run_id)
+    if checkpoint is None:
+        say(f"{folder}: no checkpoint yet, the run starts from the beginning")
+        return Start()
+    return Start(run_id, checkpoint.manifest, checkpoint.state, checkpoint)
+
+
+def _run_id(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "run.json").read_bytes())["run_id"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(
+            f"run.json can't be read: {error}", place=str(folder), way_out="restore it from a backup"
+        ) from error
+
+
+def refuse_changes(begun: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Compare the manifest of what a run has saved to what it would be resumed with: ``config`` and ``fingerprints``.
+
+    Raises:
+        ConfigError: other settings, which are all listed.
+        ModelError: other data, tokenizer, template or base weights.
+    """
+    was, before = begun["config"], begun["fingerprints"]
+    changed = [f"{key} {was.get(key)!r} -> {value!r}" for key, value in now["config"].items() if was.get(key) != value]
+    changed = [line for line in changed if line.split()[0] not in FREE]
+    if changed:
+        raise ConfigError(
+            f"a run can't be resumed with other settings: {', '.join(changed)}",
+            place=str(folder),
+            way_out="resume it as it was, or start a new run with another --output",
+        )
+    strange = [
+        f"{name} {_short(before.get(name))} -> {_short(digest)}"
+        for name, digest in now["fingerprints"].items()
+        if before.get(name) != digest
+    ]
+    if strange:
+        raise ModelError(
+            f"not what the run was started with (SHA-256): {', '.join(strange)}",
+            place=str(folder),
+            way_out="bring back the files as they were, or start a new run with another --output",
+        )
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "none"
