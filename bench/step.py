@@ -25,7 +25,8 @@ from likely import provenance
 from likely.data.dataset import examples_of_step, load_dataset
 from likely.data.packing import build_packs
 from likely.data.render import Renderer, load_tokenizer
-from likely.model.load import Tuning, find_model, load_for_training
+from likely.model.load import Tuning, load_for_training
+from likely.model.place import find_model
 from likely.training.optim import build_optimizer, set_learning_rate
 from likely.training.step import train_step
 

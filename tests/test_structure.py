@@ -34,7 +34,7 @@ FLOORS = [
 # Inside one floor, these may lean on those that stand before them.
 WITHIN = {
     "data": ["formats", "trie", "packing", "render", "dataset"],
-    "model": ["attention", "adapters", "embedded", "forward", "generate", "load"],
+    "model": ["attention", "adapters", "embedded", "place", "forward", "generate", "load"],
     "insight": ["distribution", "evaluate", "lens", "explain", "report"],
     "training": ["objective", "optim", "step", "checkpoint", "log"],
 }

@@ -16,6 +16,7 @@ from likely.insight import evaluate as evaluation
 from likely.insight import explain as explanation
 from likely.insight.lens import compare_next_token
 from likely.model import load as models
+from likely.model.place import find_model, read_context_length
 from likely.training.log import Display
 from likely.types import ROLES, Conversation, Example, ExampleScore, Message, Source
 
@@ -76,9 +77,9 @@ def evaluate(data: str, model: str, base: str | None, display: Display) -> dict[
 
 
 def _score_all(data: str, name: str, display: Display) -> tuple[tuple[Example, ...], Any, list[ExampleScore]]:
-    place = models.find_model(name)
+    place = find_model(name)
     tokenizer = load_tokenizer(place.tokenizer)
-    dataset = load_dataset(data, Renderer(tokenizer), models.read_context_length(place), display.track)
+    dataset = load_dataset(data, Renderer(tokenizer), read_context_length(place), display.track)
     model = models.load_model(name)
     pack_tokens = default_pack_tokens(dataset.examples)
     return dataset.examples, tokenizer, evaluation.score_examples(model, dataset.examples, pack_tokens, display.track)
@@ -96,7 +97,7 @@ def explain(asked: ExplainSettings) -> dict[str, Any]:
         {"B", "A"}, "verdict", "first_token": the lens of the first answer token}``; log-probabilities in nats.
     """
     model, prompt, response = (str(text) for text in (asked.model, asked.prompt, asked.response))
-    tokenizer = load_tokenizer(models.find_model(model).tokenizer)
+    tokenizer = load_tokenizer(find_model(model).tokenizer)
     row = Conversation((Message("user", prompt), Message("assistant", response)), COMMAND_LINE, plain=True)
     (example,) = Renderer(tokenizer).render(row)
     states = {"B": model, "A": asked.base}

@@ -14,7 +14,7 @@ import torch
 
 from likely.data.dataset import Dataset
 from likely.model.forward import LanguageModel
-from likely.model.load import Place
+from likely.model.place import Place
 from likely.types import StepMetrics
 
 PACKAGES = ("likely", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pydantic")

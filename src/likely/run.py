@@ -25,6 +25,7 @@ from likely.journal import Journal
 from likely.model import load as models
 from likely.model.forward import LanguageModel
 from likely.model.generate import greedy_answers
+from likely.model.place import Place, find_model, read_context_length
 from likely.training import engine
 from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint, saved_steps
 from likely.training.log import Display, MetricsFile
@@ -50,7 +51,7 @@ class Run:
 class _Inputs:
     """What a training needs before any weight is loaded; complete and checked, or an error was raised."""
 
-    place: models.Place
+    place: Place
     tokenizer: Any
     renderer: Renderer
     data: Dataset
@@ -119,10 +120,10 @@ def _load(inputs: _Inputs, saved: Path | None = None) -> LanguageModel:
 
 
 def _read_inputs(config: Config, display: Display) -> _Inputs:
-    place = models.find_model(config.model)
+    place = find_model(config.model)
     tokenizer = load_tokenizer(place.tokenizer)
     renderer = Renderer(tokenizer, Supervision(config.train_on, config.prompt_weight))
-    context = models.read_context_length(place)
+    context = read_context_length(place)
     limit = config.max_length or context
     if limit > context:
         raise ConfigError(

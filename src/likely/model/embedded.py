@@ -6,13 +6,13 @@ from then on it is an ordinary Llama that trains and saves.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from platformdirs import user_cache_path
 
 from likely.errors import ModelError, ResourceError
@@ -41,8 +41,7 @@ def embedded_folder() -> Path | None:
         return None
     gguf = Path(spec.origin).parent / FILE
     # A conversion by another version of transformers or from another file is another model folder.
-    from transformers import __version__ as version  # noqa: PLC0415
-
+    version = importlib.metadata.version("transformers")
     folder = cache_folder() / f"{NAME}-{gguf.stat().st_size}-transformers-{version}"
     if folder.is_dir():
         return folder
@@ -69,6 +68,7 @@ def embedded_folder() -> Path | None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    import torch  # noqa: PLC0415  (only the first use needs it)
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
 
     network = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -15,6 +15,7 @@ from transformers.modeling_utils import AttentionInterface
 from likely.data.packing import build_packs
 from likely.errors import ModelError, first_line
 from likely.model.attention import NAME, TriePlan, trie_attention
+from likely.model.place import context_length
 from likely.types import Example, Pack, Source
 
 AttentionInterface.register(NAME, trie_attention)
@@ -170,22 +171,6 @@ def connect(network: Any, name: str, *, compute_dtype: torch.dtype) -> LanguageM
             return model
         failure = f"log-likelihoods differ by {difference:.2g} nats from those of transformers"
     raise ModelError(f"{name}: {failure}", way_out="this architecture is not supported")
-
-
-def context_length(config: Any) -> int:
-    """The longest sequence (tokens) whose likelihood does not depend on what else is in the batch.
-
-    That is the context the model was made for. Rotary embeddings of type ``dynamic`` and ``longrope`` change every
-    position's angle once any sequence of a forward passes the original length, so there it is the original one.
-    """
-    config = config.get_text_config()
-    lengths = [getattr(config, "max_position_embeddings", None) or 1 << 20]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        if parameters.get("rope_type") in {"dynamic", "longrope"}:
-            original = parameters.get("original_max_position_embeddings")
-            lengths.append(original or getattr(config, "original_max_position_embeddings", None) or lengths[0])
-    return int(min(lengths))
 
 
 def _tolerance(model: LanguageModel) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,76 +12,9 @@ import transformers
 from peft import PeftModel
 
 from likely.errors import ModelError, NonFiniteError, first_line
-from likely.model import embedded
 from likely.model.adapters import add_lora
-from likely.model.forward import LanguageModel, connect, context_length
-
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a model stands: a folder or a hub id, and the adapter folder to put on top of it."""
-
-    weights: str
-    adapter: str | None = None
-
-    @property
-    def tokenizer(self) -> str:
-        return self.adapter or self.weights
-
-
-def quiet_transformers() -> None:
-    """Progress and complaints are ours to show."""
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-
-
-def find_model(name: str) -> Place:
-    """A Hugging Face folder, a hub id, a run folder (its tuned model), ``RUN@step-N`` or ``smollm2-135m`` -> its place.
-
-    Nothing is fetched here; a hub id is fetched by :func:`load_model`.
-
-    Raises:
-        ModelError: nothing of that name.
-    """
-    if name == embedded.NAME:
-        folder = embedded.embedded_folder()
-        return Place(str(folder) if folder else embedded.HUB_ID)
-    run, _, step = name.partition("@")
-    path = Path(name)
-    if (Path(run) / "run.json").is_file():
-        path = Path(run) / "model"
-        if step:
-            number = step.removeprefix("step-")
-            path = Path(run) / "checkpoints" / (f"step-{int(number):06d}" if number.isdigit() else step) / "model"
-        if not path.is_dir():
-            saved = sorted(p.name for p in (Path(run) / "checkpoints").glob("step-*"))
-            raise ModelError(
-                f"{'no such checkpoint' if step else 'the run has no tuned model yet'}",
-                place=name,
-                way_out=f"saved: {', '.join(saved) or 'none'}",
-            )
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            return Place(find_model(_base_of_adapter(path)).weights, str(path))
-        if not (path / "config.json").is_file():
-            raise ModelError("the folder has no config.json", place=name, way_out="name a Hugging Face model folder")
-        # An adapter remembers this name, and must not mean another folder, or a hub id, elsewhere.
-        return Place(str(path.absolute()))
-    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
-        return Place(name)
-    raise ModelError(
-        "no such model", place=name, way_out=f"name a model folder, a hub id like org/name, a run, or {embedded.NAME}"
-    )
-
-
-def _base_of_adapter(folder: Path) -> str:
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError("the adapter does not say which model it belongs to", place=str(folder)) from error
-    return str(base)
+from likely.model.forward import LanguageModel, connect
+from likely.model.place import Place, find_model, quiet_transformers
 
 
 def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -> Any:
@@ -206,17 +137,3 @@ def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
-
-
-def read_context_length(place: Place) -> int:
-    """The context length of a model whose weights are not loaded yet.
-
-    Raises:
-        ModelError: there is no config that can be read.
-    """
-    quiet_transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(place.weights, trust_remote_code=False)
-    except Exception as error:
-        raise ModelError(f"no config that can be read: {first_line(error)}", place=place.weights) from error
-    return context_length(config)
