@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,9 @@ class Seen:
 
     def __init__(self) -> None:
         self.steps: list[StepMetrics] = []
+
+    def updating(self) -> Any:
+        return nullcontext()
 
     def updated(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics)

@@ -44,6 +44,7 @@ class Journal:
     skipped: int = 0
     best: tuple[int, float] | None = None
     _evaluated: set[int] = field(default_factory=set)
+    _whole: bool = True  # the weights are those after ``step``, and so are the metrics
     _saved_step: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
     _saving_seconds: float = 0.0
@@ -58,18 +59,26 @@ class Journal:
         self.step = self._saved_step = state.step
         self.skipped, self.best = state.skipped, state.best
 
+    @contextmanager
+    def updating(self) -> Iterator[None]:
+        with stops.shield():
+            self._whole = False  # and never again, if the update or its line fails
+            yield
+            self._whole = True
+
     def updated(self, metrics: StepMetrics) -> None:
-        self.step = metrics.step
-        self.steps.append(metrics)
         self.metrics.write_step(metrics)
+        self.steps.append(metrics)
+        self.step = metrics.step
         self.show(metrics)
 
     def not_finite(self, step: int, error: NonFiniteError) -> None:
         if self.skipped >= self.skip_nonfinite:
             raise error
-        self.skipped += 1
-        self.step = step
-        self.metrics.write({"step": step, "skipped": str(error)})
+        with stops.shield():
+            self.metrics.write({"step": step, "skipped": str(error)})
+            self.skipped += 1
+            self.step = step
 
     def between_steps(self, step: int) -> None:
         stops.check()
@@ -112,8 +121,8 @@ class Journal:
             raise
 
     def save_now(self) -> None:
-        """Save the state after the last whole step, unless that was done."""
-        if self.step == self._saved_step:
+        """Save the state after the last whole step, unless that was done or the weights are no longer those."""
+        if self.step == self._saved_step or not self._whole:
             return
         with stops.shield():
             started = time.monotonic()

@@ -60,7 +60,7 @@ def claimed(output: str, *, resume: bool) -> Iterator[Path]:
         raise ConfigError("this is a file", place=output, way_out="name a folder for the run")
     existed = folder.is_dir()
     with storage.disk_errors(folder, "the run folder"):
-        storage.make_folders(folder.absolute())
+        storage.make_folder(folder.absolute(), above=True)
     try:
         with storage.locked(folder):
             storage.sweep(folder)

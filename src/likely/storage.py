@@ -138,12 +138,14 @@ def unfinished_name(path: Path) -> Path:
     return path.with_name(f"{UNFINISHED}{path.name}-{secrets.token_hex(4)}")
 
 
-def make_folders(path: Path) -> None:
-    """A folder and those above it, each made to last."""
-    if not path.is_dir():
-        make_folders(path.parent)
-        system.make_folder(path)
-        sync_folder(path.parent)
+def make_folder(path: Path, *, above: bool = False) -> None:
+    """A folder that lasts, if it is not there yet; with ``above``, also those above it."""
+    if path.is_dir():
+        return
+    if above:
+        make_folder(path.parent, above=True)
+    system.make_folder(path)
+    sync_folder(path.parent)
 
 
 def put_in_place(unfinished: Path, path: Path) -> None:

@@ -68,7 +68,7 @@ def save_checkpoint(
     unfinished = storage.unfinished_name(final)
     with shield(), storage.disk_errors(final, "the checkpoint"):
         try:
-            storage.make_folders(folder)
+            storage.make_folder(folder)  # not the run folder itself: if that has gone, its lock has too
             storage.system.make_folder(unfinished)
             save_model(unfinished / "model")
             save_file(_optimizer_tensors(network, optimizer), unfinished / "optimizer.safetensors")

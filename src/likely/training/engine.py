@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,6 @@ from likely.data.dataset import examples_of_step
 from likely.data.packing import build_packs, normalize_per_example
 from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel
-from likely.stops import shield
 from likely.training.optim import Schedule, learning_rate_at, set_learning_rate
 from likely.training.step import apply_gradient, compute_gradient
 from likely.types import Example, StepMetrics
@@ -38,8 +38,11 @@ class TrainingPlan:
 class Observer(Protocol):
     """Who is told of the steps."""
 
+    def updating(self) -> AbstractContextManager[None]:
+        """Inside, the weights change and :meth:`updated` is called: both or neither, whatever happens."""
+
     def updated(self, metrics: StepMetrics) -> None:
-        """The step's update and this call are one for a signal, which must wait for both: be short."""
+        """The step's weights are there: note it, and be short, since signals wait."""
 
     def between_steps(self, step: int) -> None:
         """After step ``step``, where there is time: evaluate, save."""
@@ -74,11 +77,10 @@ def train(
         try:
             nll, grad_norm = compute_gradient(model, packs, optimizer, plan.max_grad_norm)
         except NonFiniteError as error:
-            with shield():
-                observer.not_finite(step, _located(error, step, chosen))
+            observer.not_finite(step, _located(error, step, chosen))
             observer.between_steps(step)
             continue
-        with shield():
+        with observer.updating():
             apply_gradient(optimizer)
             observer.updated(
                 StepMetrics(

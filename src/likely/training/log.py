@@ -23,34 +23,35 @@ SECONDS_BETWEEN_LINES = 10.0
 
 class MetricsFile:
     """One JSON object a line. A line is the operating system's before the next step starts, and on the disk before a
-    checkpoint speaks of it."""
+    checkpoint speaks of it. ``num_bytes`` is the length of the whole lines: a line that failed may leave a part."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-
-    @property
-    def num_bytes(self) -> int:
-        return self._path.stat().st_size if self._path.exists() else 0
+        self.num_bytes = 0
 
     def write(self, metrics: dict[str, Any]) -> None:
+        line = (json.dumps(metrics, allow_nan=False) + "\n").encode()
         with storage.disk_errors(self._path, "the metrics"):
-            storage.append(self._path, (json.dumps(metrics, allow_nan=False) + "\n").encode())
+            storage.append(self._path, line)
+        self.num_bytes += len(line)
 
     def write_step(self, metrics: StepMetrics) -> None:
         self.write(asdict(metrics))
 
     def sync(self) -> None:
-        with storage.disk_errors(self._path, "the metrics"):
-            if self._path.exists():
+        if self.num_bytes:
+            with storage.disk_errors(self._path, "the metrics"):
                 storage.sync_file(self._path)
+                storage.sync_folder(self._path.parent)
 
     def rewind(self, num_bytes: int) -> list[dict[str, Any]]:
         """Forget what stands after the first ``num_bytes`` bytes; the lines that stay."""
         with storage.disk_errors(self._path, "the metrics"):
-            if self.num_bytes > num_bytes:
+            if self._path.exists() and self._path.stat().st_size > num_bytes:
                 storage.truncate(self._path, num_bytes)
-            lines = self._path.read_bytes().splitlines() if self._path.exists() else []
-        return [json.loads(line) for line in lines]
+            whole = self._path.read_bytes() if self._path.exists() else b""
+        self.num_bytes = len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
 
 
 class _Stderr:
