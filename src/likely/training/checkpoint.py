@@ -115,8 +115,8 @@ def open_checkpoint(folder: Path, run_id: str) -> Checkpoint:
         saved = ", ".join(map(name_of, saved_steps(folder.parent))) or "none"
         raise ModelError("no such checkpoint", place=str(folder), way_out=f"saved: {saved}")
     content = manifest.verify(folder)
-    if content.get("kind") != "checkpoint" or name_of(content["step"]) != folder.name:
-        raise ModelError(f"its manifest is that of {content.get('kind')} {content.get('step')}", place=str(folder))
+    if (content.get("kind"), content.get("step")) != ("checkpoint", int(folder.name.removeprefix("step-"))):
+        raise ModelError(f"its manifest is that of {content.get('kind')} {content.get('step')!r}", place=str(folder))
     if content.get("run_id") != run_id:
         raise ModelError("it belongs to another run", place=str(folder))
     try:
