@@ -215,24 +215,23 @@ def base_tokenizer() -> PreTrainedTokenizerFast:
     return _build_tokenizer(None)
 
 
+def _make_model_dir(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Path:
+    special = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    shape = _SHAPE | special | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    torch.manual_seed(21)
+    AutoModelForCausalLM.from_config(LlamaConfig(**shape)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def make_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTrainedTokenizerFast], Path]:
     """``make_model_dir(tokenizer)``: a new Hugging Face folder with a tiny Llama of that vocabulary."""
-
-    def make(tokenizer: PreTrainedTokenizerFast) -> Path:
-        folder = tmp_path_factory.mktemp("model")
-        special = {
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-        shape = _SHAPE | special | {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
-        torch.manual_seed(21)
-        AutoModelForCausalLM.from_config(LlamaConfig(**shape)).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        return folder
-
-    return make
+    return lambda tokenizer: _make_model_dir(tokenizer, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
