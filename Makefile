@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check soak bench clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,8 +29,14 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_structure.py
 
+# The long form of the fault tests: every call of a run that changes the disk, and some hundred random kills.
+soak: $(STAMP)
+	LIKELY_SOAK=1 $(BIN)/python -m pytest -q tests/faults
+	$(BIN)/python tests/faults/soak.py --kills 300
+
 bench: $(STAMP)
 	$(BIN)/python bench/step.py
+	$(BIN)/python bench/save.py
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,30 +22,55 @@ SCHEMA = 1
 MAX_BYTES, MAX_FILES = 10_000_000, 10_000
 
 
-def seal(folder: Path, about: dict[str, Any]) -> None:
-    """Sync every file of a folder and write its manifest, with what else it is ``about``.
+class Seal:
+    """Syncs and hashes the files of a folder while others are still being written; then writes the manifest.
 
-    Raises:
-        OSError: the disk refuses.
+    >>> with Seal(folder) as seal:  # doctest: +SKIP
+    ...     write_some(folder)
+    ...     seal.settle()
+    ...     write_more(folder)
+    ...     seal.close({"kind": "checkpoint"})
     """
-    umask = os.umask(0o022)
-    os.umask(umask)
-    paths = sorted(p for p in folder.rglob("*") if p.is_file())
 
-    def settle(path: Path) -> dict[str, Any]:
-        # safetensors makes files that only their owner can read.
-        path.chmod(0o666 & ~umask)
-        storage.sync_file(path)
-        return {"size": path.stat().st_size, "sha256": storage.hash_file(path)}
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._threads = ThreadPoolExecutor(4)
+        self._settled: dict[Path, tuple[Future[None], Future[str]]] = {}
+        self._umask = os.umask(0o022)
+        os.umask(self._umask)
 
-    # Waiting for the disk and hashing both leave the interpreter to others.
-    with ThreadPoolExecutor(4) as threads:
-        entries = list(threads.map(settle, paths))
-    files = {p.relative_to(folder).as_posix(): entry for p, entry in zip(paths, entries, strict=True)}
-    content = {"schema": SCHEMA, **about, "files": files}
-    storage.create_file(folder / NAME, _text({**content, "manifest_sha256": _digest(content)}))
-    for inner in sorted({p.parent for p in paths} | {folder}):
-        storage.sync_folder(inner)
+    def __enter__(self) -> Seal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def settle(self) -> None:
+        """Begin with the files that are there and whole now."""
+        for path in sorted(p for p in self._folder.rglob("*") if p.is_file()):
+            if path not in self._settled:
+                # safetensors makes files that only their owner can read.
+                path.chmod(0o666 & ~self._umask)
+                # Waiting for the disk and hashing both leave the interpreter, and each other, alone.
+                sync = self._threads.submit(storage.sync_file, path)
+                self._settled[path] = sync, self._threads.submit(storage.hash_file, path)
+
+    def close(self, about: dict[str, Any]) -> None:
+        """Write the manifest, with what else it is ``about``; everything in the folder is on the disk then.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        self.settle()
+        files = {}
+        for path, (sync, digest) in self._settled.items():
+            sync.result()
+            name = path.relative_to(self._folder).as_posix()
+            files[name] = {"size": path.stat().st_size, "sha256": digest.result()}
+        content = {"schema": SCHEMA, **about, "files": files}
+        storage.create_file(self._folder / NAME, _text({**content, "manifest_sha256": _digest(content)}))
+        for inner in sorted({path.parent for path in self._settled} | {self._folder}):
+            storage.sync_folder(inner)
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -302,8 +302,9 @@ def _save_tuned(save_model: Callable[[Path], None], session: _Session) -> None:
     unfinished = storage.unfinished_name(final)
     with stops.shield(), storage.disk_errors(final, "the tuned model"):
         try:
-            save_model(unfinished)
-            manifest.seal(unfinished, {"kind": "model", **session.about, "state": asdict(session.journal.state)})
+            with manifest.Seal(unfinished) as seal:
+                save_model(unfinished)
+                seal.close({"kind": "model", **session.about, "state": asdict(session.journal.state)})
             storage.put_in_place(unfinished, final)
         except BaseException:
             storage.discard(unfinished)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,13 @@ class Shim(System):
 
     def __init__(self, at: int = 0, instead: Callable[[str], None] = lambda _: None) -> None:
         self.at, self.instead, self.calls = at, instead, list[str]()
+        self._lock = threading.Lock()
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        self.calls.append(name)
-        if len(self.calls) == self.at:
+        with self._lock:
+            self.calls.append(name)
+            chosen = len(self.calls) == self.at
+        if chosen:
             self.instead(name)
         return getattr(super(), name)(*arguments)
 

@@ -115,7 +115,7 @@ PLACES = [
     ("likely.training.engine.compute_gradient", 4),
     ("likely.training.engine.apply_gradient", 4),
     ("likely.training.log.MetricsFile.write_step", 4),
-    ("likely.manifest.seal", 1),
+    ("likely.manifest.Seal.close", 1),
     ("likely.storage.put_in_place", 2),
     ("likely.insight.evaluate.score_examples", 2),  # after step 3
     ("likely.insight.evaluate.score_examples", 3),  # of the tuned model
@@ -157,7 +157,7 @@ def test_a_second_signal_ends_at_once(lora_world: Any, tmp_path: Path, monkeypat
         told.touch()
         time.sleep(30)
 
-    reached(sys.modules["likely.manifest"], "seal", slow, monkeypatch)
+    reached(sys.modules["likely.manifest"].Seal, "close", slow, monkeypatch)
     child = in_child(lambda: [world.train(tmp_path / "run", lora_world.settings), None][1])
     wait_for(told.exists)
     os.kill(child, signal.SIGTERM)

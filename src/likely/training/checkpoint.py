@@ -70,11 +70,13 @@ def save_checkpoint(
         try:
             storage.make_folder(folder)  # not the run folder itself: if that has gone, its lock has too
             storage.system.make_folder(unfinished)
-            save_model(unfinished / "model")
-            save_file(_optimizer_tensors(network, optimizer), unfinished / "optimizer.safetensors")
-            save_file(_random_states(), unfinished / "random.safetensors")
-            storage.create_file(unfinished / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
-            manifest.seal(unfinished, {"kind": "checkpoint", **about, "step": state.step})
+            with manifest.Seal(unfinished) as seal:
+                save_model(unfinished / "model")
+                seal.settle()
+                save_file(_optimizer_tensors(network, optimizer), unfinished / "optimizer.safetensors")
+                save_file(_random_states(), unfinished / "random.safetensors")
+                storage.create_file(unfinished / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
+                seal.close({"kind": "checkpoint", **about, "step": state.step})
             storage.put_in_place(unfinished, final)
         except BaseException:
             storage.discard(unfinished)
