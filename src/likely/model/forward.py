@@ -110,6 +110,10 @@ class LanguageModel:
             raise ModelError(f"{self.name} is in training mode, where dropout makes the likelihood random")
         if pack.position_T.max(initial=0) >= self.max_length:
             raise ModelError(f"{pack.position_T.max() + 1} tokens, over {self.name}'s limit of {self.max_length}")
+        rows = self.head.weight.shape[0]
+        largest = max(pack.token_T.max(initial=0), pack.target_E.max(initial=0))
+        if largest >= rows:
+            raise ModelError(f"the token id {largest} is outside {self.name}'s vocabulary of {rows}")
         if not self.shares and not np.array_equal(pack.position_T, np.arange(pack.num_nodes)):
             raise ModelError(f"{self.name} can't follow the branches of a trie, and this pack has some")
 

@@ -1,11 +1,13 @@
-"""Greedy answers, by transformers' own generate with its cache."""
+"""Greedy answers, by transformers' own generate with its cache and none of the model's own settings for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from likely.model.forward import LanguageModel
 
@@ -32,7 +34,7 @@ def greedy_answers(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     batches = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
     answers = [""] * len(prompts)
-    with model.as_transformers_runs_it() as network:
+    with model.as_transformers_runs_it() as network, _plain_generation(model.causal_lm):
         for batch in track(batches, "answering", len(batches)) if track else batches:
             width = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), width), stop_id)
@@ -45,12 +47,20 @@ def greedy_answers(
                 attention_mask=mask.to(model.device),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
                 eos_token_id=stop_id,
                 pad_token_id=stop_id,
             )
             for row, i in enumerate(batch):
                 answers[i] = tokenizer.decode(out[row, width:].tolist(), skip_special_tokens=True)
     return answers
+
+
+@contextmanager
+def _plain_generation(causal_lm: Any) -> Iterator[None]:
+    """Without the model's generation_config.json, whose penalties and beams would fill what a call leaves open."""
+    own = causal_lm.generation_config
+    causal_lm.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        causal_lm.generation_config = own

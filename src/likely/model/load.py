@@ -2,50 +2,138 @@
 
 from __future__ import annotations
 
+import json
+import re
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 
-from likely.errors import ModelError, NonFiniteError, first_line
+from likely.errors import ConfigError, ModelError, NonFiniteError, first_line
 from likely.model.adapters import add_lora
 from likely.model.forward import LanguageModel, connect
-from likely.model.place import Place, find_model, quiet_transformers
+from likely.model.headers import Stored, check_finite
+from likely.model.place import Place, find_model, local_folder, quiet_transformers
+from likely.model.untrusted import IDENTITY, check_adapter, check_model, identity, read_adapter_config, read_json
+
+# Tensors that older versions of transformers wrote and newer ones compute: frequencies, causal masks, positions.
+HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$|position_ids$")
 
 
 def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -> Any:
-    """The transformers model at a place, with its adapter if there is one.
+    """The transformers model at a place, with its adapter if there is one. All that its files promise is checked first:
+    see :mod:`likely.model.untrusted`.
 
     Raises:
-        ModelError: the files can't be read, are not safetensors, or leave some weight without a value.
+        ModelError: the files are not to be trusted, broken, not those of this architecture, or not finite.
     """
     quiet_transformers()
+    folder = local_folder(place.weights, with_weights=True)
+    tensors = check_model(folder)
+    if not tensors:
+        raise ModelError("no safetensors weights", place=place.weights, way_out="name a folder with weights")
     try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _check_sizes(config, tensors)
+        check_finite(tensors)
         network, info = transformers.AutoModelForCausalLM.from_pretrained(
-            place.weights, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are reported then, and refused below by name
+            output_loading_info=True,
         )
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"can't be loaded: {first_line(error)}", place=place.weights) from error
-    if info["missing_keys"] or info["mismatched_keys"]:
-        missing = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+    _check_nothing_left(info, place.weights)
+    # The name that an adapter remembers: a hub id stays one, wherever its files are kept.
+    network.name_or_path = network.config.name_or_path = place.weights
+    network.config.use_cache = True
+    if trainable:
+        network.base_sha256 = identity(folder)  # what an adapter that is trained on it remembers
+    return network if place.adapter is None else _with_adapter(network, place, folder, trainable)
+
+
+def _check_sizes(config: Any, tensors: Mapping[str, Stored]) -> None:
+    """Compare with a model that has shapes but no memory, so that a wrong config can't make a large one."""
+    with torch.device("meta"):
+        skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    for name, wanted in skeleton.state_dict().items():
+        stored = tensors.get(name)
+        if stored and stored.num_elements != wanted.numel():
+            raise ModelError(
+                f"{name} has shape {list(stored.shape)}, and config.json asks for {list(wanted.shape)}",
+                place=str(stored.file),
+                way_out="use the config that belongs to the weights",
+            )
+    wanted_elements = sum(p.numel() for p in skeleton.parameters())
+    stored_elements = sum(t.num_elements for t in tensors.values())
+    if wanted_elements > stored_elements:
+        missing = sorted(skeleton.state_dict().keys() - tensors.keys())
         raise ModelError(
-            f"{len(missing)} weights have no value in the files, the first is {missing[0]}",
-            place=place.weights,
+            f"config.json asks for {wanted_elements:,} numbers and the files hold {stored_elements:,}"
+            + (f"; missing are {_some(missing)}" if missing else ""),
+            place=str(next(iter(tensors.values())).file.parent),
             way_out="name a folder with complete causal language model weights",
         )
-    network.config.use_cache = True
-    if place.adapter is None:
-        return network
+
+
+def _check_nothing_left(info: Mapping[str, Any], place: str) -> None:
+    """Every weight of the model came from the files, and every tensor of the files went into the model."""
+    unexpected = [name for name in map(str, info["unexpected_keys"]) if not HARMLESS.search(name)]
+    for kind, names in (
+        ("weights have no value in the files", info["missing_keys"]),
+        ("weights have another shape in the files", info["mismatched_keys"]),
+        ("tensors of the files have no place in the model of config.json", unexpected),
+    ):
+        if names:
+            raise ModelError(
+                f"{len(names)} {kind}: {_some(sorted(map(str, names)))}",
+                place=place,
+                way_out="name a folder with complete causal language model weights and their own config.json",
+            )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def _with_adapter(network: Any, place: Place, base: Path, trainable: bool) -> Any:
+    assert place.adapter is not None  # noqa: S101
+    folder = Path(place.adapter)
+    tensors = check_adapter(folder)
+    check_finite(tensors)
+    if (folder / IDENTITY).exists() and read_json(folder / IDENTITY).get("base_sha256") not in {None, identity(base)}:
+        raise ModelError(
+            f"the weights of its base {place.weights} are not those that this adapter was trained on",
+            place=place.adapter,
+            way_out="bring the old weights back, or train the adapter again",
+        )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft still uses names that transformers is leaving
-            return PeftModel.from_pretrained(network, place.adapter, is_trainable=trainable)
+            # peft still uses names that transformers is leaving, and what it warns of is refused below.
+            warnings.simplefilter("ignore")
+            adapted = PeftModel.from_pretrained(network, folder, is_trainable=trainable)
+            wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except Exception as error:
         raise ModelError(f"the adapter can't be loaded: {first_line(error)}", place=place.adapter) from error
+    if wrong := sorted(wanted.keys() ^ tensors.keys()):
+        what = "is missing from" if wrong[0] in wanted else "has no place in the model of"
+        raise ModelError(
+            f"{len(wrong)} tensors of the adapter don't fit its base: {wrong[0]} {what} the files",
+            place=place.adapter,
+            way_out="name the adapter's own base in adapter_config.json",
+        )
+    return adapted
 
 
 def load_model(
@@ -71,18 +159,36 @@ def load_for_training(
     """The model of a name with float32 master weights and something to train.
 
     Raises:
+        ConfigError: an adapter is to go on with another rank or scale than it has.
         ModelError: full tuning of an adapter, which would leave its base behind.
     """
     place = find_model(name)
+    if place.adapter is not None:
+        _check_tuning(place, name, tuning)
     network = read_network(place, dtype=torch.float32, trainable=True)
     if tuning.lora_rank is not None and place.adapter is None:
         network = add_lora(network, rank=tuning.lora_rank, alpha=tuning.lora_alpha, seed=tuning.seed)
-    elif tuning.lora_rank is None and place.adapter is not None:
+    network = network.to(device or best_device())
+    return connect(network, name, compute_dtype=compute_dtype)
+
+
+def _check_tuning(place: Place, name: str, tuning: Tuning) -> None:
+    assert place.adapter is not None  # noqa: S101
+    if tuning.lora_rank is None:
         raise ModelError(
             "this is an adapter, and full tuning trains all weights", place=name, way_out="use --tune lora"
         )
-    network = network.to(device or best_device())
-    return connect(network, name, compute_dtype=compute_dtype)
+    own = read_adapter_config(Path(place.adapter))
+    for flag, asked, has in (
+        ("lora_rank", tuning.lora_rank, own.get("r")),
+        ("lora_alpha", tuning.lora_alpha, own.get("lora_alpha")),
+    ):
+        if asked is not None and asked != has:
+            raise ConfigError(
+                f"{flag} is {asked:g}, and the adapter to go on with has {has}",
+                place=name,
+                way_out=f"use --{flag.replace('_', '-')} {has}",
+            )
 
 
 def load_for_resuming(
@@ -110,6 +216,12 @@ def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
         if isinstance(network, PeftModel):
             # "auto" would ask the hub whether the base's vocabulary was resized.
             network.save_pretrained(folder, save_embedding_layers=False)
+            (folder / "README.md").unlink(missing_ok=True)  # peft's empty form for a model card
+            base = {
+                "base": network.active_peft_config.base_model_name_or_path,
+                "base_sha256": model.causal_lm.base_sha256,
+            }
+            (folder / IDENTITY).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
         else:
             network.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from likely.errors import ModelError, first_line
+from likely.errors import ConfigError, LikelyError, ModelError, first_line
 from likely.model import embedded
+from likely.model.untrusted import (
+    ADAPTER_CONFIG,
+    check_adapter,
+    check_model,
+    read_adapter_config,
+    read_json,
+    vocabulary_size,
+)
+from likely.types import Example
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+STEP = re.compile(r"(?:step-)?([0-9]{1,12})")
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,8 @@ class Place:
 
     @property
     def tokenizer(self) -> str:
-        return self.adapter or self.weights
+        """The folder of its tokenizer; of a hub id, the small files are fetched for it."""
+        return self.adapter or str(local_folder(self.weights))
 
 
 def quiet_transformers() -> None:
@@ -37,48 +50,95 @@ def quiet_transformers() -> None:
 def find_model(name: str) -> Place:
     """A Hugging Face folder, a hub id, a run folder (its tuned model), ``RUN@step-N`` or ``smollm2-135m`` -> its place.
 
-    Nothing is fetched here; a hub id is fetched by :func:`load_model`.
+    The folder's files are checked (:mod:`likely.model.untrusted`), its weights not yet read. Nothing is fetched here.
 
     Raises:
-        ModelError: nothing of that name.
+        ConfigError: no name at all.
+        ModelError: nothing of that name, or nothing that can be trusted.
     """
+    if not name.strip():
+        raise ConfigError("the model's name is empty", place="--model", way_out="name a model")
     if name == embedded.NAME:
         folder = embedded.embedded_folder()
         return Place(str(folder) if folder else embedded.HUB_ID)
-    run, _, step = name.partition("@")
-    path = Path(name)
-    if (Path(run) / "run.json").is_file():
-        path = Path(run) / "model"
-        if step:
-            number = step.removeprefix("step-")
-            path = Path(run) / "checkpoints" / (f"step-{int(number):06d}" if number.isdigit() else step) / "model"
-        if not path.is_dir():
-            saved = sorted(p.name for p in (Path(run) / "checkpoints").glob("step-*"))
-            raise ModelError(
-                f"{'no such checkpoint' if step else 'the run has no tuned model yet'}",
-                place=name,
-                way_out=f"saved: {', '.join(saved) or 'none'}",
-            )
-    if path.is_dir():
-        if (path / "adapter_config.json").is_file():
-            return Place(find_model(_base_of_adapter(path)).weights, str(path))
-        if not (path / "config.json").is_file():
-            raise ModelError("the folder has no config.json", place=name, way_out="name a Hugging Face model folder")
-        # An adapter remembers this name, and must not mean another folder, or a hub id, elsewhere.
-        return Place(str(path.absolute()))
-    if HUB_ID.fullmatch(name) and not path.parent.is_dir():
+    try:
+        path = _folder_of_run(name) or Path(name)
+        if path.is_dir():
+            return _place_of_folder(path, name)
+        is_hub_id = HUB_ID.fullmatch(name) and not path.parent.is_dir()
+    except OSError as error:
+        raise ModelError(error.strerror or str(error), place=name, way_out="check the path") from error
+    if is_hub_id:
         return Place(name)
     raise ModelError(
         "no such model", place=name, way_out=f"name a model folder, a hub id like org/name, a run, or {embedded.NAME}"
     )
 
 
-def _base_of_adapter(folder: Path) -> str:
+def _folder_of_run(name: str) -> Path | None:
+    """The model folder of ``RUN`` or ``RUN@step-N``; None where ``RUN`` is no run folder."""
+    run, at, step = name.partition("@")
+    if not (Path(run) / "run.json").is_file():
+        return None
+    path = Path(run) / "model"
+    if at:
+        number = STEP.fullmatch(step)
+        path = Path(run) / "checkpoints" / f"step-{int(number[1]) if number else 0:06d}" / "model"
+    if not path.is_dir():
+        saved = sorted(p.name for p in (Path(run) / "checkpoints").glob("step-*"))
+        raise ModelError(
+            f"{'no such checkpoint' if at else 'the run has no tuned model yet'}",
+            place=name,
+            way_out=f"saved: {', '.join(saved) or 'none'}",
+        )
+    return path
+
+
+def _place_of_folder(path: Path, name: str) -> Place:
+    if (path / ADAPTER_CONFIG).is_file():
+        check_adapter(path)
+        return Place(_base_of_adapter(path, name), str(path))
+    if not (path / "config.json").is_file():
+        raise ModelError("the folder has no config.json", place=name, way_out="name a Hugging Face model folder")
+    check_model(path)
+    # An adapter remembers this name, and must not mean another folder, or a hub id, elsewhere.
+    return Place(str(path.absolute()))
+
+
+def _base_of_adapter(folder: Path, name: str) -> str:
+    base = str(read_adapter_config(folder)["base_model_name_or_path"])
+    if embedded.is_converted(base) and not Path(base).is_dir():
+        base = embedded.NAME  # converted by another version of transformers, or on another machine
+    if (Path(base) / ADAPTER_CONFIG).exists():
+        raise ModelError(f"the base of this adapter is itself an adapter, {base}", place=name)
     try:
-        base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError("the adapter does not say which model it belongs to", place=str(folder)) from error
-    return str(base)
+        return find_model(base).weights
+    except LikelyError as error:
+        raise ModelError(f"the base of this adapter can't be used: {error}", place=name) from error
+
+
+def local_folder(weights: str, *, with_weights: bool = False) -> Path:
+    """The folder of a place's weights. Of a hub id, safetensors and small files, or the small files alone, are fetched
+    into the hub's cache and checked.
+
+    Raises:
+        ModelError: they can't be fetched, or not be trusted.
+    """
+    if Path(weights).is_dir():
+        return Path(weights)
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  (half a second that only a hub id needs)
+
+    patterns = [*SMALL_FILES, "*.safetensors"] if with_weights else SMALL_FILES
+    try:
+        folder = Path(snapshot_download(weights, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
+    except Exception as error:  # network, names, permissions: each with a class of its own
+        raise ModelError(
+            f"can't be fetched from the hub: {first_line(error)}",
+            place=weights,
+            way_out="check the name and the network, or name a local folder",
+        ) from error
+    check_model(folder, with_weights=with_weights)
+    return folder
 
 
 def read_context_length(place: Place) -> int:
@@ -91,10 +151,46 @@ def read_context_length(place: Place) -> int:
 
     quiet_transformers()
     try:
-        config = AutoConfig.from_pretrained(place.weights, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(local_folder(place.weights), trust_remote_code=False)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"no config that can be read: {first_line(error)}", place=place.weights) from error
     return context_length(config)
+
+
+def check_token_ids(place: Place, examples: Iterable[Example]) -> None:
+    """Refuse a tokenizer with ids that the model's embedding has no row for, as far as examples use them.
+
+    Raises:
+        ModelError: the tokenizer belongs to another model.
+    """
+    rows = vocabulary_size(read_json(local_folder(place.weights) / "config.json"))
+    largest = max((int(e.token_ids_T.max(initial=0)) for e in examples), default=0)
+    if rows is not None and largest >= rows:
+        raise ModelError(
+            f"the tokenizer gives the token id {largest}, and the vocabulary of the model has {rows} tokens",
+            place=place.weights,
+            way_out="use the tokenizer that belongs to the weights",
+        )
+
+
+def check_same_tokens(name: str, tokenizer: Any, other_name: str, other: Any, examples: Iterable[Example]) -> None:
+    """Refuse to compare two models whose token ids don't mean the same text, or that split text in other tokens.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    used = sorted(set().union(*(e.token_ids_T.tolist() for e in examples)))
+    parts = [json.loads(t.backend_tokenizer.to_str()) for t in (tokenizer, other)]
+    if any(parts[0][key] != parts[1][key] for key in ("normalizer", "pre_tokenizer", "model")) or (
+        tokenizer.convert_ids_to_tokens(used) != other.convert_ids_to_tokens(used)
+    ):
+        raise ConfigError(
+            f"{other_name} reads text in other tokens than {name}, so their likelihoods can't be compared",
+            place="--base",
+            way_out="compare states of one model",
+        )
 
 
 def context_length(config: Any) -> int:
