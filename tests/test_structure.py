@@ -28,6 +28,8 @@ FLOORS = [
     ("likely.manifest", 2),
     ("likely.storage", 1),
     ("likely.stops", 0),
+    ("likely.strict_yaml", 0),
+    ("likely.credentials", 0),
     ("likely.types", 0),
     ("likely.errors", 0),
 ]

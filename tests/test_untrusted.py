@@ -266,6 +266,7 @@ BAD_FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "attention from the hub, openly": (set_config(attn_implementation="evil/kernel"), ("attn_implementation",)),
     "experts from the hub": (set_config(experts_implementation={"": "evil/kernel"}), ("experts_implementation",)),
     "quantised": (set_config(quantization_config={"quant_method": "gptq", "bits": 4}), ("quantised", "gptq")),
+    "other weights": (set_config(transformers_weights="evil.safetensors"), ("transformers_weights",)),
     "unknown architecture": (set_config(model_type="odd"), ("odd",)),
     "no architecture": (put("config.json", "{}"), ("model",)),
     "config no JSON": (put("config.json", "{model_type: llama}"), ("config.json", "JSON")),
@@ -599,6 +600,20 @@ def test_the_cache_of_the_hub_may_link_to_its_blobs(model_dir: Path, tmp_path: P
         (snapshot_dir / file.name).symlink_to(f"../../blobs/{file.name}")
     load_model(str(snapshot_dir))
     assert local_folder(str(snapshot_dir)) == snapshot_dir
+
+
+def test_an_adapter_among_the_weights_is_not_put_on_them(
+    model_dir: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the hub, both could come in one folder, and transformers would load both."""
+    import huggingface_hub
+
+    shutil.copy(adapter_dir / "adapter_config.json", model_dir)
+    shutil.copy(adapter_dir / "adapter_model.safetensors", model_dir)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model_dir))
+    refused("org/name", "adapter", "two folders")
+    (model_dir / "adapter_config.json").unlink()
+    assert load_model("org/name").network.name_or_path == "org/name"  # what an adapter of it would remember
 
 
 # --- nothing is changed, nothing leaks ---

@@ -16,7 +16,16 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
-from likely.config import Config, ExplainSettings, make_config, make_settings, read_yaml, stored_values, template_yaml
+from likely.config import (
+    Config,
+    ExplainSettings,
+    make_config,
+    make_settings,
+    over_file,
+    read_yaml,
+    stored_values,
+    template_yaml,
+)
 from likely.errors import ConfigError, LikelyError, ResourceError
 from likely.stops import Stopped
 
@@ -81,7 +90,7 @@ def train(
     if config and config_flag:
         raise ConfigError("the settings are given twice", place="--config", way_out=f"leave out {config}")
     file = config or config_flag
-    values = {**(read_yaml(file) if file else {}), **settings}
+    values = over_file(read_yaml(file) if file else {}, settings)
     checked = make_config(stored_values(values), str(file) if file else "")
     from likely import run
     from likely.training.log import Display

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from likely.credentials import has_credential, redact
 from likely.errors import ConfigError
+from likely.strict_yaml import MAX_CHARACTERS, Settings, YamlError, read_settings
 
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -24,15 +26,26 @@ def _not_a_switch(value: Any) -> Any:
 Number = Annotated[float, Field(strict=False), BeforeValidator(_not_a_switch)]
 
 
+def _a_name(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError("a name is meant, and this is empty or has a NUL")
+    if has_credential(value):
+        raise ValueError("this holds a credential, which would be written to the run folder")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_a_name)]
+
+
 class Config(BaseModel):
     """What one training does. Field ``batch_size`` is the flag ``--batch-size`` and the YAML key ``batch_size``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: str = Field(description="Hugging Face folder, hub id, run folder, RUN@step-N or smollm2-135m")
-    data: str = Field(description="training data: a JSONL file")
-    eval_data: str | None = Field(None, description="held-out data, scored before and after")
-    output: str = Field(description="run folder to create")
+    model: Name = Field(description="Hugging Face folder, hub id, run folder, RUN@step-N or smollm2-135m")
+    data: Name = Field(description="training data: a JSONL file")
+    eval_data: Name | None = Field(None, description="held-out data, scored before and after")
+    output: Name = Field(description="run folder to create")
 
     epochs: Number = Field(3.0, gt=0, description="passes over the training data")
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")
@@ -60,7 +73,7 @@ class Config(BaseModel):
     prompt_weight: Number = Field(0.0, ge=0, le=1, description="weight of the tokens that are not an answer")
     normalize: Literal["token", "example"] = Field("token", description="every token, or every example, counts alike")
 
-    seed: int = Field(0, ge=0, description="seed of the order of examples and of new adapters")
+    seed: int = Field(0, ge=0, lt=2**64, description="seed of the order of examples and of new adapters")
     eval_every: PositiveInt | None = Field(None, description="score the held-out data every so many steps [at the end]")
     num_answers: int = Field(0, ge=0, description="held-out prompts that both models answer greedily, for the report")
     save_every: PositiveInt | None = Field(
@@ -82,6 +95,10 @@ class Config(BaseModel):
             raise ValueError("train_on all already gives prompts weight 1; use train_on assistant with prompt_weight")
         if self.tune == "full" and self.lora_alpha is not None:
             raise ValueError("lora_alpha has no effect with tune full; remove it")
+        if self.steps is not None and "epochs" in self.model_fields_set:
+            raise ValueError("steps and epochs both say how long to train; give one of them")
+        if self.eval_every is not None and self.eval_data is None:
+            raise ValueError("eval_every has nothing to score without eval_data; give eval_data or remove it")
         return self
 
     @property
@@ -116,7 +133,7 @@ class ExplainSettings(BaseModel):
         return self
 
 
-Settings = TypeVar("Settings", bound=BaseModel)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def make_config(values: dict[str, Any], place: str = "") -> Config:
@@ -124,8 +141,11 @@ def make_config(values: dict[str, Any], place: str = "") -> Config:
     return make_settings(Config, values, place)
 
 
-def make_settings(kind: type[Settings], values: dict[str, Any], place: str = "") -> Settings:
+def make_settings(kind: type[Kind], values: dict[str, Any], place: str = "") -> Kind:
     """Validated settings of a kind.
+
+    Args:
+        place: the YAML file that some values are from; errors then say where in it.
 
     Raises:
         ConfigError: an unknown key, with the nearest known one, or a value out of its range.
@@ -134,7 +154,7 @@ def make_settings(kind: type[Settings], values: dict[str, Any], place: str = "")
         if key not in kind.model_fields:
             near = difflib.get_close_matches(str(key), kind.model_fields, 1)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kind.model_fields)}"
-            raise ConfigError(f"unknown key {key!r}", place=place, way_out=hint)
+            raise ConfigError(f"unknown key {_shown(key)}", place=_place_of_key(place, key), way_out=hint)
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -143,31 +163,75 @@ def make_settings(kind: type[Settings], values: dict[str, Any], place: str = "")
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
             raise ConfigError(f"{key} is missing", place=place, way_out=f"give --{key.replace('_', '-')}") from error
-        shown = f"{key} is {first['input']!r}: {message}" if key else message
-        raise ConfigError(shown, place=place) from error
+        shown = f"{key} is {_shown(first['input'])}: {message}" if key else message
+        where = _place_of_value(place, key, values[key]) if key in values else place
+        raise ConfigError(shown, place=where) from error
+
+
+def _shown(value: Any) -> str:
+    """A value of the user in a message: short, and without credentials."""
+    text = redact(repr(value))
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _place_of_key(place: str, key: Any) -> str:
+    found = _settings_of(place)
+    return _at(place, found.key_places[key]) if found and key in found.key_places else place
+
+
+def _place_of_value(place: str, key: str, value: Any) -> str:
+    """Where in a file a value stands; the flag, where one has gone over the file."""
+    found = _settings_of(place)
+    if found is None:
+        return place
+    own = found.values.get(key)
+    from_file = key in found.values and (own is value or own == value)
+    return _at(place, found.value_places[key]) if from_file else f"--{key.replace('_', '-')}"
+
+
+def _settings_of(place: str) -> Settings | None:
+    try:
+        return read_settings(_read_text(place)) if place else None
+    except (OSError, ValueError):
+        return None
+
+
+def _at(path: str | Path, where: tuple[int, int]) -> str:
+    return f"{path}:{where[0]}:{where[1]}"
+
+
+def _read_text(path: str | Path) -> str:
+    """The text of a small file; of a larger one no more than shows that it is too large."""
+    path = Path(path)
+    if path.is_fifo() and not path.is_relative_to("/dev") and not path.is_relative_to("/proc"):
+        raise OSError("a pipe, which may never end")
+    with path.open("rb") as file:
+        return file.read(4 * MAX_CHARACTERS + 4).decode("utf-8-sig")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
+    """The mapping in a YAML file; see :mod:`likely.strict_yaml` for what is refused.
 
     Raises:
-        ConfigError: no such file, broken YAML with its line, or not a mapping.
+        ConfigError: no such file, broken YAML with its line and column, or not a mapping.
     """
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return read_settings(_read_text(path)).values
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             getattr(error, "strerror", None) or str(error), place=str(path), way_out="check the path"
         ) from error
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"broken YAML: {error.problem}", place=f"{path}:{line}") from error
-    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:  # its constructors raise all of these
-        detail = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ConfigError(f"broken YAML: {detail}", place=str(path)) from error
-    if not isinstance(loaded, dict):
-        raise ConfigError("not a mapping of keys to values", place=str(path), way_out="write key: value lines")
-    return loaded
+    except YamlError as error:
+        where = _at(path, (error.line, error.column)) if error.line else str(path)
+        raise ConfigError(redact(str(error)), place=where, way_out="write one key: value a line") from error
+
+
+def over_file(file_values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a file with flags over them. Of ``steps`` and ``epochs`` only one may be said, so that a flag for one
+    of them takes the file's other one away."""
+    rivals = {"steps": "epochs", "epochs": "steps"}
+    gone = {rival for key, rival in rivals.items() if flags.get(key) is not None}
+    return {**{key: value for key, value in file_values.items() if key not in gone}, **flags}
 
 
 def stored_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -179,12 +243,13 @@ def stored_values(values: dict[str, Any]) -> dict[str, Any]:
     stored = Path(str(values.get("output"))) / "config.yaml"
     if values.get("resume") is None or not stored.is_file():
         return values
-    return {**read_yaml(stored), **{key: value for key, value in values.items() if value is not None}}
+    return over_file(read_yaml(stored), {key: value for key, value in values.items() if value is not None})
 
 
 def to_yaml(config: Config) -> str:
     """The config as YAML that :func:`read_yaml` and :func:`make_config` turn into the same config."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    rival = {"epochs"} if config.steps is not None else set()
+    return yaml.safe_dump(config.model_dump(exclude=rival), sort_keys=False, allow_unicode=True)
 
 
 def template_yaml() -> str:

@@ -363,7 +363,6 @@ def demo_config(output: str | None = None, *, steps: int | None = None) -> Confi
         eval_data=str(data / "eval.jsonl"),
         output=output,
         learning_rate=3e-4,
-        epochs=2.0,
-        steps=steps,
+        **({"epochs": 2.0} if steps is None else {"steps": steps}),
         num_answers=40,
     )

@@ -62,6 +62,8 @@ def check_model(folder: Path, *, with_weights: bool = True) -> dict[str, Stored]
     """
     check_environment()
     _check_files(folder)
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would put the adapter on top by itself
+        raise ModelError("an adapter stands among the weights", place=str(folder), way_out="keep them in two folders")
     for name in JSON_OF_A_MODEL:
         if (folder / name).exists():
             _check_settings(read_json(folder / name), folder / name)
@@ -234,6 +236,8 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
             )
         if key.endswith("_implementation") and not _is_plain_word(value):
             raise refuse(f"{key} is {str(value)[:80]!r}, code that would be fetched", f"remove {key}")
+        if key == "transformers_weights" and value:
+            raise refuse(f"{key} names other weights than {WEIGHTS}", f"rename the file and remove {key}")
         if key == "quantization_config" and value:
             method = value.get("quant_method", "unknown") if isinstance(value, dict) else value
             raise refuse(f"the weights are quantised ({method})", "name the model's unquantised weights")
