@@ -27,7 +27,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q tests/test_structure.py
+	$(BIN)/python -m pytest -q tests/test_structure.py tests/test_safety.py
 
 # The long form of the fault tests: every call of a run that changes the disk, and some hundred random kills.
 soak: $(STAMP)
