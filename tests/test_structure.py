@@ -30,6 +30,7 @@ FLOORS = [
     ("likely.stops", 0),
     ("likely.strict_yaml", 0),
     ("likely.credentials", 0),
+    ("likely.streams", 0),
     ("likely.types", 0),
     ("likely.errors", 0),
 ]

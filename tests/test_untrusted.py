@@ -590,6 +590,16 @@ def test_a_hub_id_that_cannot_be_had(data: str, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_folder_that_cannot_be_read(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(_: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    for method in ("iterdir", "is_dir"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, forbidden)
+            refused(str(model_dir), "Permission denied", str(model_dir))
+
+
 def test_the_cache_of_the_hub_may_link_to_its_blobs(model_dir: Path, tmp_path: Path) -> None:
     repo = tmp_path / "models--org--name"
     (repo / "blobs").mkdir(parents=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
-import os
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import typer
 from pydantic import BaseModel
 
+from likely import __version__
 from likely.config import (
     Config,
     ExplainSettings,
@@ -26,8 +28,10 @@ from likely.config import (
     stored_values,
     template_yaml,
 )
+from likely.credentials import redact
 from likely.errors import ConfigError, LikelyError, ResourceError
 from likely.stops import Stopped
+from likely.streams import lasting, silence
 
 app = typer.Typer(
     name="likely",
@@ -36,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+# What a file system says of itself, not of what it was asked.
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.EFBIG}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, and nothing else there")]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="a JSONL file")]
 Model = Annotated[str, typer.Option("--model", help=str(Config.model_fields["model"].description))]
@@ -76,6 +82,22 @@ def _with_flags(kind: type[BaseModel]) -> Callable[[Callable[..., None]], Callab
         return call
 
     return decorate
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        _print(f"likely {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="print the version")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Supervised fine-tuning as maximum likelihood: exact, visible, fast."""
 
 
 @app.command("train")
@@ -124,15 +146,13 @@ def score(
     from likely import look
     from likely.training.log import Display
 
-    if output.exists() and (not output.is_file() or (Path(data).exists() and output.samefile(data))):
-        raise ConfigError(
-            "this is the data itself or no ordinary file", place=str(output), way_out="name another --output"
-        )
+    _check_output(output, data)
     display = Display()
     total_nats = total_tokens = 0.0
     unfinished = output.with_name(f".{output.name}.unfinished")
     try:
-        with unfinished.open("w", encoding="utf-8") as file:
+        # A name that is no UTF-8 becomes a JSON escape.
+        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
             for record in look.score(data, model, base, display):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 total_nats += record["nll_nats"]
@@ -141,8 +161,30 @@ def score(
     except OSError as error:
         raise ResourceError(f"can't be written: {error.strerror or error}", place=str(output)) from error
     finally:
-        unfinished.unlink(missing_ok=True)
-    display.say(f"{output}: NLL {total_nats / total_tokens:.6f} nats per token over {total_tokens:g} tokens")
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+    mean = f"NLL {total_nats / total_tokens:.6f} nats per token" if total_tokens else "nothing has a weight"
+    display.say(f"{output}: {mean} over {total_tokens:g} tokens")
+
+
+def _check_output(output: Path, data: str) -> None:
+    """Scores go to an ordinary file that is not the data, in a folder that is there."""
+    try:
+        if "\0" in str(output) or (output.exists() and (not output.is_file() or _is_same_file(output, data))):
+            raise ConfigError(
+                "this is the data itself or no ordinary file", place=str(output), way_out="name another --output"
+            )
+        if not output.parent.is_dir():
+            raise ConfigError(f"there is no folder {output.parent}", place=str(output), way_out="make it first")
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error), place="--output", way_out="name another file") from error
+
+
+def _is_same_file(output: Path, data: str) -> bool:
+    try:
+        return output.samefile(data)
+    except OSError:  # the data is not there, which its reader will say
+        return False
 
 
 @app.command()
@@ -274,9 +316,11 @@ def _explain(error: BaseException) -> tuple[str, int]:
         text, code = "interrupted", 130
     elif hasattr(error, "format_message"):  # a usage error of the command line parser
         text, code = error.format_message(), 2
+    elif isinstance(error, OSError) and error.errno in DISK:
+        text, code = f"{error.filename or 'writing'}: {error.strerror}", ResourceError.exit_code
     elif isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error), re.IGNORECASE):
         text, code = "out of memory; lower --pack-tokens, or use --tune lora", ResourceError.exit_code
-    return " ".join(text.split()), code
+    return redact(" ".join(text.split())), code
 
 
 def _with_value(arguments: list[str]) -> list[str]:
@@ -293,17 +337,19 @@ def main() -> None:
     """One clear line and the right exit code for every fault."""
     debug = "--debug" in sys.argv
     arguments = _with_value([a for a in sys.argv[1:] if a != "--debug"]) or ["--help"]
-    try:
-        code = app(args=arguments, prog_name="likely", standalone_mode=False) or 0
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
-    except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
-        if debug:
-            traceback.print_exc()
-        text, code = _explain(error)
-        sys.stderr.write(f"error: {text}\n")
-    sys.exit(code)
+    with lasting():
+        try:
+            code = app(args=arguments, prog_name="likely", standalone_mode=False) or 0
+            sys.stdout.flush()
+        except BaseException as error:
+            if isinstance(error, OSError) or isinstance(error.__context__, BrokenPipeError):
+                silence(sys.stdout)  # or the end of the process would try, and fail, once more
+            if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+                sys.exit(141)  # the reader has seen enough; the parser makes an exit of its own of that
+            if isinstance(error, SystemExit):
+                raise
+            if debug:
+                traceback.print_exc()
+            text, code = _explain(error)
+            sys.stderr.write(f"error: {text}\n")
+        sys.exit(code)

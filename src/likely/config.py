@@ -34,6 +34,12 @@ def _a_name(value: str) -> str:
     return value
 
 
+def _a_folder(value: str) -> str:
+    if not value.isascii() and value.encode(errors="replace").decode() != value:
+        raise ValueError("the libraries that write models can only write to names in UTF-8")
+    return value
+
+
 Name = Annotated[str, AfterValidator(_a_name)]
 
 
@@ -45,7 +51,7 @@ class Config(BaseModel):
     model: Name = Field(description="Hugging Face folder, hub id, run folder, RUN@step-N or smollm2-135m")
     data: Name = Field(description="training data: a JSONL file")
     eval_data: Name | None = Field(None, description="held-out data, scored before and after")
-    output: Name = Field(description="run folder to create")
+    output: Annotated[Name, AfterValidator(_a_folder)] = Field(description="run folder to create")
 
     epochs: Number = Field(3.0, gt=0, description="passes over the training data")
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")

@@ -23,14 +23,14 @@ COMMAND_LINE = Source("the command line", 0)
 
 
 def score(data: str, model: str, base: str | None, display: Display) -> Iterator[dict[str, Any]]:
-    """One record per example, in the file's order: its NLL under ``model`` and the log-probability of every token, and
-    beside it under ``base``.
+    """One record per example, in the file's order, also of those without any weight: its NLL under ``model`` and the
+    log-probability of every token, and beside it under ``base``.
 
     Yields:
         ``{"source", "nll_nats", "num_tokens", "tokens": [{"id", "text", "role", "weight", "logprob", "rank", "entropy",
         "base_logprob"}]}``; null where nothing predicts the token.
     """
-    examples, tokenizer, scores, base_scores = _score_all(data, model, base, display)
+    examples, tokenizer, scores, base_scores = _score_all(data, model, base, display, keep_unweighted=True)
     for i, (example, own) in enumerate(zip(examples, scores, strict=True)):
         other = base_scores[i].logprob_T if base_scores else [math.nan] * len(example.token_ids_T)
         nll_N, weight_N = evaluation.nll_per_example([example], [own])
@@ -74,12 +74,13 @@ def evaluate(data: str, model: str, base: str | None, display: Display) -> dict[
 
 
 def _score_all(
-    data: str, name: str, base: str | None, display: Display
+    data: str, name: str, base: str | None, display: Display, *, keep_unweighted: bool = False
 ) -> tuple[tuple[Example, ...], Any, list[ExampleScore], list[ExampleScore] | None]:
     """The examples as ``name`` reads them, its tokenizer, and the scores of those same tokens under it and ``base``."""
     place = find_model(name)
     tokenizer = load_tokenizer(place.tokenizer)
-    dataset = load_dataset(data, Renderer(tokenizer), read_context_length(place), display.track)
+    length = read_context_length(place)
+    dataset = load_dataset(data, Renderer(tokenizer), length, display.track, keep_unweighted=keep_unweighted)
     check_token_ids(place, dataset.examples)
     if base is not None:
         other = load_tokenizer(find_model(base).tokenizer)

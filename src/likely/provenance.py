@@ -117,4 +117,5 @@ def facts(config: dict[str, Any], origins: dict[str, Any], steps: Sequence[StepM
 def model_card(title: str, verdict: str, lines: dict[str, str]) -> str:
     """README.md of a run."""
     table = "\n".join(f"- {name}: {value}" for name, value in lines.items())
-    return f"# {title}\n\n{verdict}\n\nThe tuned model is in `model/`.\n\n{table}\n"
+    text = f"# {title}\n\n{verdict}\n\nThe tuned model is in `model/`.\n\n{table}\n"
+    return text.encode(errors="backslashreplace").decode()  # of a file name that is no UTF-8

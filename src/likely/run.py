@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -137,6 +136,8 @@ def _read_inputs(config: Config, display: Display) -> _Inputs:
         check_token_ids(place, dataset.examples)
         if dataset.num_unweighted:
             display.say(f"{dataset.path}: {dataset.num_unweighted} examples have weight 0 throughout and are left out")
+    if eval_data and eval_data.sha256 == data.sha256:
+        display.say(f"{eval_data.path} is the training data itself: its figures say nothing about new examples")
     if renderer.has_template and data.conversations[0].plain:
         display.say("prompt and completion strings go through the model's chat template, as user and assistant")
     longest = max((e for d in (data, eval_data) if d for e in d.examples), key=lambda e: len(e.token_ids_T))
@@ -192,8 +193,8 @@ def _look(model: LanguageModel, inputs: _Inputs, display: Display, state: str) -
     assert inputs.config.pack_tokens is not None  # noqa: S101  (resolved)
     scores = evaluation.score_examples(model, examples, inputs.config.pack_tokens, display.track)
     summary = evaluation.summarize(examples, scores, inputs.tokenizer)
-    low, high = summary.ci95 or (math.nan, math.nan)
-    display.say(f"{state}: held-out NLL {summary.nll:.4f} nats per token, 95% interval [{low:.4f}, {high:.4f}]")
+    interval = ", 95% interval [{:.4f}, {:.4f}]".format(*summary.ci95) if summary.ci95 else ", of one example"
+    display.say(f"{state}: held-out NLL {summary.nll:.4f} nats per token{interval}")
     asked = examples[: inputs.config.num_answers]
     answers = greedy_answers(
         model,
@@ -337,6 +338,7 @@ def _compose_report(session: _Session, before: _Look | None, after: _Look | None
         base=before.summary,
         tuned=after.summary,
         delta=evaluation.compare(examples, before.scores, after.scores),
+        eval_is_data=inputs.eval_data.sha256 == inputs.data.sha256,
         nll_before=(base_N / weight_N).tolist(),
         nll_after=(tuned_N / weight_N).tolist(),
         lens=compare_next_token(inputs.tokenizer, context, gold, before.next_token, after.next_token),

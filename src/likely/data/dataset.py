@@ -44,13 +44,16 @@ class Dataset:
         }
 
 
-def load_dataset(path: str, renderer: Renderer, max_length: int, track: Track | None = None) -> Dataset:
+def load_dataset(
+    path: str, renderer: Renderer, max_length: int, track: Track | None = None, *, keep_unweighted: bool = False
+) -> Dataset:
     """Read and render a file.
 
     Args:
         path: a JSONL file.
         max_length: the longest example allowed, in tokens.
         track: shows progress: called with the rows, a title and their number.
+        keep_unweighted: keep examples whose weights are all 0, to look at them.
 
     Raises:
         DataError: a row can't be read, rendered or proved; rows over ``max_length``; nothing left to train on.
@@ -61,7 +64,7 @@ def load_dataset(path: str, renderer: Renderer, max_length: int, track: Track | 
     num_unweighted = 0
     for row, conversation in enumerate(track(conversations, "reading", len(conversations)) if track else conversations):
         for example in renderer.render(conversation):
-            if example.weights_T.any():
+            if keep_unweighted or example.weights_T.any():
                 examples.append(example)
                 row_N.append(row)
             else:

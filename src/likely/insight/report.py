@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from likely.insight.evaluate import Delta, Evaluation
 from likely.insight.lens import Lens
 from likely.types import FloatArray, StepMetrics
 
+FEW_EXAMPLES = 20  # below, a percentile bootstrap covers clearly less than it says
+SEEN = " The held-out data is the training data, so this says nothing about new examples."
 BEFORE, AFTER = "#b35806", "#2166ac"  # orange and blue: told apart by every kind of colour vision
 
 
@@ -33,8 +36,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Report:
-    """All that the page shows. ``entropy_floor`` is the least training NLL any model can reach; ``nll_before`` and
-    ``nll_after`` are per held-out example, nats per token."""
+    """All that the page shows. ``entropy_floor`` is the least training NLL any model can reach; ``eval_is_data``
+    says that the held-out data is the training data; ``nll_before`` and ``nll_after`` are nats per token of each
+    held-out example."""
 
     title: str
     facts: dict[str, str]
@@ -43,6 +47,7 @@ class Report:
     base: Evaluation | None = None
     tuned: Evaluation | None = None
     delta: Delta | None = None
+    eval_is_data: bool = False
     nll_before: Sequence[float] = ()
     nll_after: Sequence[float] = ()
     lens: Lens | None = None
@@ -68,9 +73,16 @@ class Report:
             return f"One held-out example is too few for a verdict: {change}."
         low, high = self.delta.ci95
         effect = "Training helped" if high < 0 else "Training hurt" if low > 0 else "No clear change"
+        few = self.tuned.num_examples < FEW_EXAMPLES
         return (
             f"{effect}: {change} (change {self.delta.nll:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]), "
             f"better on {self.delta.share_better:.0%} of {self.tuned.num_examples} examples."
+            + (" So few examples make such an interval too narrow." if few else "")
+            + (
+                " The held-out data is the training data, so this says nothing about new examples."
+                if self.eval_is_data
+                else ""
+            )
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,8 +99,9 @@ class Report:
 def write_report(report: Report, folder: Path) -> None:
     """``report.html``, which needs nothing from any network; then ``report.json``, which marks a run as finished."""
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    storage.replace_file(folder / "report.html", render_html(report).encode())
-    storage.replace_file(folder / "report.json", (text + "\n").encode())
+    # A file name that is no UTF-8 is written as its escape, which JSON knows too.
+    storage.replace_file(folder / "report.html", render_html(report).encode(errors="backslashreplace"))
+    storage.replace_file(folder / "report.json", (text + "\n").encode(errors="backslashreplace"))
 
 
 def render_html(report: Report) -> str:
@@ -111,7 +124,12 @@ def _svg(draw: Any, report: Report) -> Markup:
     import matplotlib  # noqa: PLC0415  (a second of start-up that only a report needs)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "likely", "font.family": "sans-serif"}):
+    with (
+        warnings.catch_warnings(),
+        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "likely", "font.family": "sans-serif"}),
+    ):
+        # Text stays text: the reader's fonts draw it, and matplotlib's only measure it.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure = Figure(figsize=(7.2, 3.4), layout="constrained")
         draw(figure, report)
         buffer = io.StringIO()
@@ -185,6 +203,6 @@ def _arrays(report: Report) -> tuple[FloatArray, FloatArray]:
 
 
 def visible(text: str) -> str:
-    """White space that a reader could not see, written out."""
-    shown = text.replace("\n", "\\n").replace("\t", "\\t")
+    """White space and other characters that a reader could not see, written out."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return f"'{shown}'" if text != text.strip() or not text else shown
