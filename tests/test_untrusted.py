@@ -334,8 +334,29 @@ def test_torch_is_not_told_to_unpickle(model_dir: Path, monkeypatch: pytest.Monk
 
 
 def test_harmless_tensors_of_old_files_are_let_through(model_dir: Path) -> None:
-    rewrite(model_dir, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    """transformers drops the first by itself, and would leave the others over."""
+    layer = "model.layers.0.self_attn"
+    extra = {
+        f"{layer}.rotary_emb.inv_freq": torch.ones(4),
+        "model.embed_tokens.position_ids": torch.arange(8),
+        f"{layer}.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.bool),
+        f"{layer}.attn.masked_bias": torch.tensor(-1e9).half(),
+    }
+    rewrite(model_dir, lambda t: t.update(extra))
     load_model(str(model_dir))
+
+
+def test_a_model_is_checked_when_it_is_found(model_dir: Path) -> None:
+    """Before a tokenizer, a config or a row of data is read."""
+    find_model(str(model_dir))
+    raw = (model_dir / WEIGHTS).read_bytes()
+    (model_dir / WEIGHTS).write_bytes(raw[:-1])
+    with pytest.raises(ModelError, match="broken safetensors"):
+        find_model(str(model_dir))
+    (model_dir / WEIGHTS).write_bytes(raw)
+    set_config(auto_map={"AutoModel": "evil.M"})(model_dir)
+    with pytest.raises(ModelError, match="auto_map"):
+        find_model(str(model_dir))
 
 
 def test_a_number_that_is_large_but_finite_is_let_through(tmp_path: Path) -> None:

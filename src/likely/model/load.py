@@ -21,7 +21,8 @@ from likely.model.headers import Stored, check_finite
 from likely.model.place import Place, find_model, local_folder, quiet_transformers
 from likely.model.untrusted import IDENTITY, check_adapter, check_model, identity, read_adapter_config, read_json
 
-# Tensors that older versions of transformers wrote and newer ones compute: frequencies, causal masks, positions.
+# What older versions of transformers wrote beside the weights and newer ones compute: frequencies, causal masks and the
+# value under them (which is infinite in float16), positions. transformers itself knows only some of them.
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$|position_ids$")
 
 
@@ -39,8 +40,8 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -
         raise ModelError("no safetensors weights", place=place.weights, way_out="name a folder with weights")
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        _check_sizes(config, tensors)
-        check_finite(tensors)
+        wanted = _check_sizes(config, tensors)
+        check_finite({name: t for name, t in tensors.items() if name in wanted or not HARMLESS.search(name)})
         network, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -63,8 +64,9 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -
     return network if place.adapter is None else _with_adapter(network, place, folder, trainable)
 
 
-def _check_sizes(config: Any, tensors: Mapping[str, Stored]) -> None:
-    """Compare with a model that has shapes but no memory, so that a wrong config can't make a large one."""
+def _check_sizes(config: Any, tensors: Mapping[str, Stored]) -> set[str]:
+    """Compare with a model that has shapes but no memory, so that a wrong config can't make a large one; the names of
+    its weights."""
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     for name, wanted in skeleton.state_dict().items():
@@ -85,6 +87,7 @@ def _check_sizes(config: Any, tensors: Mapping[str, Stored]) -> None:
             place=str(next(iter(tensors.values())).file.parent),
             way_out="name a folder with complete causal language model weights",
         )
+    return set(skeleton.state_dict())
 
 
 def _check_nothing_left(info: Mapping[str, Any], place: str) -> None:
