@@ -170,12 +170,22 @@ def test_an_unknown_key_that_is_like_no_other_gets_the_list(key: Any) -> None:
 
 
 NUMBERS = ["epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "lora_alpha", "prompt_weight"]
-COUNTS = ["steps", "batch_size", "lora_rank", "max_length", "pack_tokens", "eval_every", "save_every"]
-TEXTS = ["model", "data", "eval_data", "output", "schedule", "tune", "dtype", "train_on", "normalize"]
+COUNTS = [
+    "steps",
+    "batch_size",
+    "lora_rank",
+    "max_length",
+    "pack_tokens",
+    "eval_every",
+    "save_every",
+    "keep_checkpoints",
+]
+TEXTS = ["model", "data", "eval_data", "output", "schedule", "tune", "dtype", "train_on", "normalize", "resume"]
+FROM_ZERO = ["seed", "num_answers", "skip_nonfinite"]
 
 
 def test_the_three_kinds_are_all_there_is() -> None:
-    assert sorted([*NUMBERS, *COUNTS, *TEXTS, "seed"]) == sorted(Config.model_fields)
+    assert sorted([*NUMBERS, *COUNTS, *TEXTS, *FROM_ZERO]) == sorted(Config.model_fields)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan"), "inf", "nan", ".inf", "1e999"])
@@ -185,14 +195,14 @@ def test_numbers_are_finite(key: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize("value", [True, False])
-@pytest.mark.parametrize("key", [*NUMBERS, *COUNTS, "seed", *TEXTS])
+@pytest.mark.parametrize("key", [*NUMBERS, *COUNTS, *FROM_ZERO, *TEXTS])
 def test_yes_and_no_are_neither_numbers_nor_names(key: str, value: bool) -> None:
     # YAML 1.1 reads yes and on as true, and Python counts true as 1.
     assert f"{key} is {value}" in refused(NEEDED | {key: value}).message
 
 
 @pytest.mark.parametrize("value", ["yes", "", "two", "1,5", "0x10", [1], {"a": 1}])
-@pytest.mark.parametrize("key", [*NUMBERS, *COUNTS, "seed"])
+@pytest.mark.parametrize("key", [*NUMBERS, *COUNTS, *FROM_ZERO])
 def test_what_is_not_a_number(key: str, value: Any) -> None:
     assert f"{key} is {value!r}" in refused(NEEDED | {key: value}).message
 
@@ -375,6 +385,10 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "seed": st.integers(0, 2**64 - 1),
     "eval_every": optional(st.integers(1, 10**9)),
     "save_every": optional(st.integers(1, 10**9)),
+    "num_answers": st.integers(0, 10**9),
+    "keep_checkpoints": st.integers(1, 10**9),
+    "skip_nonfinite": st.integers(0, 10**9),
+    "resume": optional(st.sampled_from(["newest", "step-7"])),
 }
 COUPLED = st.sampled_from(
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import inspect
 import json
-import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from likely.config import (
     template_yaml,
 )
 from likely.credentials import redact
-from likely.errors import ConfigError, LikelyError, ResourceError
+from likely.errors import ConfigError, LikelyError, ResourceError, is_out_of_memory
 from likely.stops import Stopped
 from likely.streams import lasting, silence
 
@@ -318,7 +317,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         text, code = error.format_message(), 2
     elif isinstance(error, OSError) and error.errno in DISK:
         text, code = f"{error.filename or 'writing'}: {error.strerror}", ResourceError.exit_code
-    elif isinstance(error, MemoryError) or re.search(r"out of memory|can't allocate memory", str(error), re.IGNORECASE):
+    elif is_out_of_memory(error):
         text, code = "out of memory; lower --pack-tokens, or use --tune lora", ResourceError.exit_code
     return redact(" ".join(text.split())), code
 

@@ -9,6 +9,10 @@ LikelyError            1  a bug of ours
 └── LockedError        7  the run folder belongs to another process
 """
 
+import re
+
+OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+
 
 class LikelyError(Exception):
     """An error with a place and a way out, printed as ``error: PLACE: MESSAGE; WAY_OUT``.
@@ -71,3 +75,8 @@ class LockedError(LikelyError):
 def first_line(error: BaseException) -> str:
     """What an error of foreign code says, short enough for one line of ours."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the machine's or the device's memory is used up; each library has words of its own for it."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))

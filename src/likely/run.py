@@ -16,7 +16,7 @@ from likely.data.dataset import Dataset, load_dataset, num_steps
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, Supervision, load_tokenizer
 from likely.data.trie import entropy_floor
-from likely.errors import ConfigError
+from likely.errors import ConfigError, LikelyError, ResourceError, is_out_of_memory
 from likely.insight import evaluate as evaluation
 from likely.insight.lens import compare_next_token, next_token_logprobs
 from likely.insight.report import Answer, Report, write_report
@@ -70,6 +70,11 @@ def train(config: Config, display: Display) -> Run:
             return _train(config, folder, display)
         except stops.Stopped as stopped:
             raise stops.Stopped(stopped.signum, f"{stopped}; {_how_to_go_on(folder)}") from None
+        except Exception as error:
+            if not isinstance(error, LikelyError) and is_out_of_memory(error):
+                way_out = f"lower --pack-tokens or use --tune lora; {_how_to_go_on(folder)}"
+                raise ResourceError("out of memory", place=str(folder), way_out=way_out) from error
+            raise
 
 
 def _how_to_go_on(folder: Path) -> str:

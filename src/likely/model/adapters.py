@@ -28,7 +28,4 @@ def add_lora(network: Any, *, rank: int, alpha: float | None, seed: int) -> Any:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft still uses names that transformers is leaving
-        adapted = get_peft_model(network, config)
-    # The layers that were found are a set, which each process would write to adapter_config.json in another order.
-    config.target_modules = sorted(config.target_modules)
-    return adapted
+        return get_peft_model(network, config)

@@ -217,11 +217,14 @@ def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
         raise NonFiniteError(f"the weight {broken} is not finite", way_out="lower --learning-rate; nothing was saved")
     with model.as_transformers_runs_it() as network:
         if isinstance(network, PeftModel):
+            settings = network.active_peft_config
+            if isinstance(settings.target_modules, set):  # whose order is another one in each process
+                settings.target_modules = sorted(settings.target_modules)
             # "auto" would ask the hub whether the base's vocabulary was resized.
             network.save_pretrained(folder, save_embedding_layers=False)
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty form for a model card
             base = {
-                "base": network.active_peft_config.base_model_name_or_path,
+                "base": settings.base_model_name_or_path,
                 "base_sha256": model.causal_lm.base_sha256,
             }
             (folder / IDENTITY).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")

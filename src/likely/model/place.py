@@ -6,9 +6,11 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from likely import manifest
 from likely.errors import ConfigError, LikelyError, ModelError, first_line
 from likely.model import embedded
 from likely.model.untrusted import (
@@ -91,7 +93,24 @@ def _folder_of_run(name: str) -> Path | None:
             place=name,
             way_out=f"saved: {', '.join(saved) or 'none'}",
         )
+    _require_whole(path.parent if at else path, path)
     return path
+
+
+def _require_whole(sealed: Path, path: Path) -> None:
+    try:
+        stamp = (sealed / manifest.NAME).stat().st_mtime_ns if (sealed / manifest.NAME).exists() else 0
+        _verify_once(sealed, stamp)
+    except ModelError as error:
+        raise ModelError(
+            error.message, place=error.place, way_out=f"to use it as it is, name the folder {path} itself"
+        ) from error
+
+
+@cache
+def _verify_once(sealed: Path, _stamp: int) -> None:
+    """A verb finds its model several times, and hashing some gigabytes takes seconds."""
+    manifest.verify(sealed)
 
 
 def _place_of_folder(path: Path, name: str) -> Place:
