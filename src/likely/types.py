@@ -22,7 +22,8 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a row stands: the file and its 1-based line."""
+    """Where a row stands: the file and its 1-based line, or the row's number where a file has no lines (a JSON array,
+    Parquet)."""
 
     file: str
     line: int
@@ -43,14 +44,24 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRow:
+    """A row that was tokenised by somebody else: its token ids, and which of them are to be learnt."""
+
+    ids: tuple[int, ...]
+    supervised: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row of data. ``plain`` marks a row that was given as two strings, a prompt and its completion: a tokenizer
-    without a chat template joins them as they are."""
+    """One row of data. ``plain`` marks a row that was given as strings: a prompt and its completion, which a tokenizer
+    without a chat template joins as they are, or one message of bare text, which no template touches. A row of
+    ``tokens`` has no messages."""
 
     messages: tuple[Message, ...]
     source: Source
     tools: tuple[Mapping[str, Any], ...] = ()
     plain: bool = False
+    tokens: TokenRow | None = None
 
 
 @dataclass(frozen=True, slots=True)

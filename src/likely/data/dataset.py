@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from likely.data.formats import read_conversations
+from likely.data.formats import Reading
 from likely.data.render import Renderer
 from likely.errors import DataError
 from likely.types import ROLES, Conversation, Example, IntArray
@@ -50,7 +48,7 @@ def load_dataset(
     """Read and render a file.
 
     Args:
-        path: a JSONL file.
+        path: a data file; see :mod:`likely.data.reading`.
         max_length: the longest example allowed, in tokens.
         track: shows progress: called with the rows, a title and their number.
         keep_unweighted: keep examples whose weights are all 0, to look at them.
@@ -58,7 +56,8 @@ def load_dataset(
     Raises:
         DataError: a row can't be read, rendered or proved; rows over ``max_length``; nothing left to train on.
     """
-    conversations = read_conversations(path)
+    reading = Reading(path)
+    conversations = list(reading)
     examples: list[Example] = []
     row_N: list[int] = []
     num_unweighted = 0
@@ -80,8 +79,7 @@ def load_dataset(
         )
     if not examples:
         raise DataError("every weight is 0, so nothing to train on", place=path, way_out="give some message a weight")
-    digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Dataset(path, digest, tuple(conversations), tuple(examples), tuple(row_N), num_unweighted)
+    return Dataset(path, reading.sha256, tuple(conversations), tuple(examples), tuple(row_N), num_unweighted)
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: float, steps: int | None) -> int:

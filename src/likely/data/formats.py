@@ -1,177 +1,202 @@
-"""JSONL rows -> conversations. Every complaint names file and line, and nothing is guessed.
+"""Data files -> conversations: which shape a row has, the map of its columns, and what becomes of rows that are wrong.
 
-Two shapes are read:
-    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
-    {"prompt": ..., "completion": ...}     both strings, or both lists of messages
+Every row is looked at, never the first alone. Rows of different shapes may stand in one file, since each is read and
+proved by itself; how many there are of each is told. A row that fits two shapes is refused: it can't be known which is
+meant.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from likely.errors import DataError
-from likely.types import ROLES, Conversation, Message, Source
+from likely.data.reading import Rows
+from likely.data.shapes import KNOWN_KEYS, OPTIONAL, PARSERS, REQUIRED, SHAPES, Notes, Shape, kind_of
+from likely.errors import ConfigError, DataError
+from likely.types import Conversation, Source
 
-MESSAGE_KEYS = {"role", "content", "weight"}
-SHAPES = 'rows of {"messages": [...]} or {"prompt": ..., "completion": ...}'
+Format = Literal["auto"] | Shape
+WRITE = 'rows of {"messages": [...]} or {"prompt": ..., "completion": ...}'
+MAP = "or map columns, as in --columns prompt=question,completion=answer"
+MAX_KEYS_TOLD = 100
 
 
-def read_conversations(path: str | Path) -> list[Conversation]:
-    """All conversations of a JSONL file, in order.
+@dataclass(frozen=True)
+class Rejected:
+    """A row that was left out, and why."""
+
+    file: str
+    line: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How a file's rows are read.
+
+    ``columns`` maps a key of a shape to the column that holds it; only mapped columns are read then. With
+    ``skip_bad_rows`` a row that is wrong is left out and listed, instead of stopping everything.
+    """
+
+    format: Format = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    skip_bad_rows: bool = False
+
+
+class Reading:
+    """The conversations of one file: iterate it once.
+
+    While and after that: ``shapes`` counts the rows of each shape, ``ignored`` the rows that have a key which nothing
+    reads, ``notes`` the rows of which something must be said, ``rejected`` lists what was left out, ``sha256`` is the
+    hash of the bytes that were read.
 
     Raises:
-        DataError: no such file, not UTF-8, broken JSON, or a row of another shape, with its line.
+        DataError: the file or a row can't be read; with ``skip_bad_rows`` only the file.
     """
-    path = Path(path)
-    conversations = [parse_row(row, source) for row, source in _rows(path)]
-    if not conversations:
-        raise DataError("the file has no rows", place=str(path), way_out=f"write {SHAPES}, one a line")
-    return conversations
+
+    def __init__(self, path: str | Path, options: ReadOptions | None = None) -> None:
+        self.path = str(path)
+        self.options = options or ReadOptions()
+        self.shapes: Counter[Shape] = Counter()
+        self.ignored: Counter[str] = Counter()
+        self.notes: Notes = Counter()
+        self.rejected: list[Rejected] = []
+        self._rows = Rows(path, self.reject if self.options.skip_bad_rows else None)
+
+    @property
+    def sha256(self) -> str:
+        return self._rows.sha256
+
+    @property
+    def num_blank(self) -> int:
+        return self._rows.num_blank
+
+    def reject(self, error: DataError) -> None:
+        """Leave out the row that ``error`` is about."""
+        file, _, line = error.place.rpartition(":")
+        self.rejected.append(Rejected(file, int(line), f"{error.message}; {error.way_out}"))
+
+    def __iter__(self) -> Iterator[Conversation]:
+        found = False
+        for row, source in self._rows:
+            try:
+                conversation = self._parse(row, source)
+            except DataError as error:
+                if not self.options.skip_bad_rows:
+                    raise
+                self.reject(error)
+                continue
+            found = True
+            yield conversation
+        if not found:
+            message = f"every row is bad ({len(self.rejected)})" if self.rejected else "the file has no rows"
+            raise DataError(message, place=self.path, way_out=f"write {WRITE}, one a line")
+
+    def _parse(self, row: Any, source: Source) -> Conversation:
+        if self.options.columns:
+            row = _mapped(row, self.options.columns, source)
+        shape = shape_of(row, source, self.options.format)
+        conversation = PARSERS[shape](row, source, self.notes)
+        self.shapes[shape] += 1
+        for key in row:
+            if key not in REQUIRED[shape] and key not in OPTIONAL[shape] and len(self.ignored) < MAX_KEYS_TOLD:
+                self.ignored[key] += 1
+        return conversation
+
+    def told(self) -> list[str]:
+        """Lines for people: the shapes found, the keys that nothing reads, and what else must be said."""
+        lines = [", ".join(f"{count:,} rows of {shape}" for shape, count in self.shapes.most_common())]
+        if len(self.shapes) > 1:
+            lines[0] += ": several shapes in one file; --format names the one that is meant"
+        if self.ignored:
+            keys = ", ".join(repr(key) for key, _ in self.ignored.most_common(6))
+            lines.append(f"keys that nothing reads: {keys}{' ...' if len(self.ignored) > 6 else ''}")
+        lines += [f"{count:,} {note}" for note, count in self.notes.items()]
+        lines += [f"{self.num_blank:,} blank lines are passed over"] if self.num_blank else []
+        return [f"{self.path}: {line}" for line in lines]
 
 
-def _rows(path: Path) -> Iterator[tuple[Any, Source]]:
-    if not path.exists():
-        raise DataError("no such file", place=str(path), way_out="check the path")
-    if path.is_dir():
-        raise DataError("this is a folder", place=str(path), way_out="name a .jsonl file in it")
-    try:
-        with path.open("rb") as file:
-            for line, raw in enumerate(file, 1):
-                if raw.strip():
-                    yield _parse_json(raw, Source(str(path), line)), Source(str(path), line)
-    except OSError as error:
-        raise DataError(error.strerror or str(error), place=str(path), way_out="make the file readable") from error
+def read_conversations(path: str | Path, options: ReadOptions | None = None) -> list[Conversation]:
+    """All conversations of a file, in order; :class:`Reading` gives them one at a time.
+
+    Raises:
+        DataError: the file or a row can't be read, with its line.
+    """
+    return list(Reading(path, options))
 
 
-def _parse_json(raw: bytes, source: Source) -> Any:
-    def wrong(message: str, way_out: str = "one JSON object a line (JSONL)") -> DataError:
+def parse_row(row: Any, source: Source, format: Format = "auto") -> Conversation:  # noqa: A002 (the word of the config)
+    """One decoded row -> a conversation.
+
+    Raises:
+        DataError: the row is of no shape, of two, or a field has the wrong type.
+    """
+    return PARSERS[shape_of(row, source, format)](row, source, Counter())
+
+
+def shape_of(row: Any, source: Source, format: Format = "auto") -> Shape:  # noqa: A002
+    """Which shape a row has.
+
+    Raises:
+        DataError: none, or more than one.
+    """
+
+    def wrong(message: str, way_out: str) -> DataError:
         return DataError(message, place=str(source), way_out=way_out)
 
-    try:
-        text = raw.decode("utf-8-sig" if source.line == 1 else "utf-8")
-        row = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)
-        if r"\ud" in text.lower():  # half a surrogate pair is JSON but no text
-            json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise wrong(f"not UTF-8 at byte {error.start} of the line", "save the file as UTF-8") from error
-    except UnicodeEncodeError as error:
-        raise wrong(r"half of a surrogate pair (\ud800 to \udfff)", "write the whole character") from error
-    except json.JSONDecodeError as error:
-        document = source.line == 1 and raw.strip() in {b"[", b"{"}
-        hint = {"way_out": "this looks like one JSON document: write one row a line instead"} if document else {}
-        raise wrong(f"broken JSON at column {error.pos + 1}: {error.msg}", **hint) from error
-    except ValueError as error:
-        raise wrong(f"broken JSON: {error}") from error
-    except RecursionError as error:
-        raise wrong("broken JSON: nested too deeply") from error
-    return row
+    if not isinstance(row, dict):
+        raise wrong(f"a row must be an object, this is {kind_of(row)}", f"write {WRITE}")
+    if "weight" in row:
+        raise wrong(
+            "a weight on the whole row means different things to different providers",
+            'put "weight" on the assistant messages',
+        )
+    keys = ", ".join(map(repr, list(row)[:6])) or "no keys"
+    if format != "auto":
+        if not all(key in row for key in REQUIRED[format]):
+            wanted = " and ".join(map(repr, REQUIRED[format]))
+            raise wrong(f"the row has {keys}", f"format {format} wants {wanted}, {MAP}")
+        return format
+    fitting = [shape for shape in SHAPES if all(key in row for key in REQUIRED[shape])]
+    if "messages" in fitting and ({"prompt", "completion"} & row.keys()):
+        other = "prompt" if "prompt" in row else "completion"
+        raise wrong(f'the row has both "messages" and "{other}"', "keep one of them, or say which with --format")
+    if len(fitting) > 1:
+        raise wrong(f"the row fits {' and '.join(fitting)}", "keep the keys of one, or say which with --format")
+    if not fitting:
+        raise wrong(f"the row has {keys}", f"write {WRITE}, {MAP}")
+    return fitting[0]
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
+def parse_columns(text: str) -> dict[str, str]:
+    """``prompt=question,completion=answer`` -> ``{"prompt": "question", "completion": "answer"}``.
 
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of some pairs; a key that stands twice would lose one of its values."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice")
+    Raises:
+        ConfigError: not of that form, or a key that no shape has.
+    """
+    found: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, column = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and column):
+            raise ConfigError(f"columns has {part!r}", way_out="write prompt=question,completion=answer")
+        if key not in KNOWN_KEYS:
+            raise ConfigError(
+                f"columns maps {key!r}, which no format has", way_out=f"use {', '.join(sorted(KNOWN_KEYS))}"
+            )
+        if key in found:
+            raise ConfigError(f"columns maps {key!r} twice", way_out="keep one of them")
+        found[key] = column
     return found
 
 
-def parse_row(row: Any, source: Source) -> Conversation:
-    """One decoded JSON row -> a conversation.
-
-    Raises:
-        DataError: the row is of neither shape, or a field has the wrong type.
-    """
+def _mapped(row: Any, columns: Mapping[str, str], source: Source) -> Any:
     if not isinstance(row, dict):
-        raise DataError(f"a row must be an object, this is {_kind(row)}", place=str(source), way_out=f"write {SHAPES}")
-    if "weight" in row:
-        raise DataError(
-            "a weight on the whole row means different things to different providers",
-            place=str(source),
-            way_out='put "weight" on the assistant messages',
-        )
-    shapes = [key for key in ("messages", "prompt", "completion") if key in row]
-    if "messages" in shapes and len(shapes) > 1:
-        message = f'the row has both "messages" and "{shapes[1]}"'
-        raise DataError(message, place=str(source), way_out="keep one of them")
-    tools = _tools(row.get("tools"), source)
-    if shapes == ["messages"]:
-        conversation = Conversation(_messages(row["messages"], "messages", source), source, tools)
-    elif shapes == ["prompt", "completion"]:
-        conversation = _prompt_completion(row["prompt"], row["completion"], tools, source)
-    else:
+        return row
+    missing = next((column for column in columns.values() if column not in row), None)
+    if missing is not None:
         keys = ", ".join(map(repr, list(row)[:6])) or "no keys"
-        raise DataError(f"the row has {keys}", place=str(source), way_out=f"write {SHAPES}")
-    return conversation
-
-
-def _prompt_completion(prompt: Any, completion: Any, tools: tuple[dict[str, Any], ...], source: Source) -> Conversation:
-    if isinstance(prompt, str) and isinstance(completion, str):
-        if not completion:
-            raise DataError("the completion is empty", place=str(source), way_out="remove the row")
-        return Conversation((Message("user", prompt), Message("assistant", completion)), source, tools, plain=True)
-    if isinstance(prompt, list) and isinstance(completion, list):
-        # Only the completion is to be learnt, so answers inside the prompt are context.
-        context = tuple(
-            replace(m, weight=0.0) if m.role == "assistant" else m for m in _messages(prompt, "prompt", source)
-        )
-        return Conversation(context + _messages(completion, "completion", source), source, tools)
-    raise DataError(
-        f'"prompt" is {_kind(prompt)} and "completion" is {_kind(completion)}',
-        place=str(source),
-        way_out="make both strings, or both lists of messages",
-    )
-
-
-def _messages(value: Any, key: str, source: Source) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        what = "an empty list" if value == [] else _kind(value)
-        raise DataError(f'"{key}" is {what}', place=str(source), way_out="write a list of messages")
-    return tuple(_message(m, f"{key}[{i}]", source) for i, m in enumerate(value))
-
-
-def _message(value: Any, where: str, source: Source) -> Message:
-    def wrong(message: str, way_out: str) -> DataError:
-        return DataError(f"{where}{message}", place=str(source), way_out=way_out)
-
-    if not isinstance(value, dict):
-        raise wrong(f" is {_kind(value)}", 'write {"role": ..., "content": ...}')
-    role, content, weight = value.get("role"), value.get("content"), value.get("weight", 1)
-    if role not in ROLES:
-        raise wrong(f".role is {role!r}" if "role" in value else " has no role", f"use one of {', '.join(ROLES)}")
-    if content is None and not (role == "assistant" and value.get("tool_calls")):
-        raise wrong(" has no content", "write the text, or tool_calls on an assistant message")
-    if content is not None and not isinstance(content, str):
-        raise wrong(f".content is {_kind(content)}", "write a string")
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight <= 1:
-        raise wrong(f".weight is {weight!r}", "use a number from 0 to 1")
-    fields = {key: v for key, v in value.items() if key not in MESSAGE_KEYS}
-    return Message(role, content, float(weight), fields)
-
-
-def _tools(value: Any, source: Source) -> tuple[dict[str, Any], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError('"tools" is not a list of objects', place=str(source), way_out="write a list of tool schemas")
-    return tuple(value)
-
-
-def _kind(value: Any) -> str:
-    names = {
-        dict: "an object",
-        list: "a list",
-        str: "a string",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+        raise DataError(f"no column {missing!r}: the row has {keys}", place=str(source), way_out="correct --columns")
+    return {key: row[column] for key, column in columns.items()}

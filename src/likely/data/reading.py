@@ -1,0 +1,289 @@
+"""Bytes of a data file -> rows, one at a time and in bounded memory. Every complaint names file and line.
+
+JSONL (one object a line), one JSON array, CSV or TSV with a header, and Parquet; all but Parquet also as gzip or zstd.
+What a file is, its first bytes say; CSV has none of its own, so there the extension does. The hash is taken of the very
+bytes that are parsed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from likely.data.strict_json import MAX_ROW_BYTES, Elements, parse_json
+from likely.errors import DataError
+from likely.types import Source
+
+MAX_RATIO = 250  # unpacked bytes per packed byte; text of people packs about 4:1, a bomb 1000:1
+FREE_BYTES = 64 * 2**20  # unpacked before the ratio counts: a small file of equal rows is no bomb
+HEAD = 512
+GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+OTHER_FILES = {
+    b"PK\x03\x04": "a zip archive",
+    b"PK\x05\x06": "a zip archive",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ\x00": "an xz file",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!": "a rar archive",
+    b"ARROW1": "an Arrow file",
+    b"Obj\x01": "an Avro file",
+    b"ORC": "an ORC file",
+    b"SQLite format 3": "a SQLite database",
+    b"%PDF": "a PDF document",
+    b"\x89PNG": "a picture",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+}
+WIDE = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+    b"{\x00": "UTF-16",
+    b"[\x00": "UTF-16",
+    b"\x00{": "UTF-16",
+    b"\x00[": "UTF-16",
+}
+USABLE = "give JSONL, a JSON array, CSV or Parquet"
+BadRow = Callable[[DataError], None]
+
+
+class Rows:
+    """The rows of a file: iterate it once for ``(row, source)``.
+
+    Args:
+        on_bad_row: called with the complaint about a row that can't be read, which is then passed over; without it the
+            complaint is raised. A file that can't be read at all is raised either way.
+
+    After the last row ``sha256`` is the hash of the file's bytes and ``num_blank`` the number of lines without content.
+
+    Raises:
+        DataError: no such file, not an ordinary file, of another kind or encoding, or a row that can't be read.
+    """
+
+    def __init__(self, path: str | Path, on_bad_row: BadRow | None = None) -> None:
+        self.path = str(path)
+        self.sha256 = ""
+        self.num_blank = 0
+        self._on_bad_row = on_bad_row
+
+    def __iter__(self) -> Iterator[tuple[Any, Source]]:
+        try:
+            with self._open() as file:
+                head = file.read(HEAD)
+                file.seek(0)
+                self._refuse_other_kinds(head)
+                suffixes = Path(self.path).suffixes
+                if head.startswith(PARQUET):
+                    yield from self._parquet(file)
+                    return
+                if suffixes[-1:] == [".parquet"]:
+                    raise self._wrong("named .parquet, but it does not begin as Parquet files do", USABLE)
+                hashed = _Hashed(file)
+                yield from self._stream(hashed, _packing(head), suffixes)
+                while hashed.read(1 << 20):
+                    pass  # what an unpacker left behind belongs to the file too
+                self.sha256 = hashed.digest.hexdigest()
+        except OSError as error:
+            raise self._wrong(error.strerror or str(error), "make the file readable") from error
+
+    def _wrong(self, message: str, way_out: str, line: int = 0) -> DataError:
+        return DataError(message, place=f"{self.path}:{line}" if line else self.path, way_out=way_out)
+
+    def _bad_row(self, error: DataError) -> None:
+        if self._on_bad_row is None:
+            raise error
+        self._on_bad_row(error)
+
+    def _open(self) -> BinaryIO:
+        try:
+            mode = Path(self.path).stat().st_mode
+        except FileNotFoundError as error:
+            raise self._wrong("no such file", "check the path") from error
+        except ValueError as error:  # a NUL in the name
+            raise self._wrong(str(error), "check the path") from error
+        if stat.S_ISDIR(mode):
+            raise self._wrong("this is a folder", "name a .jsonl file in it")
+        if not stat.S_ISREG(mode):
+            raise self._wrong("this is a pipe or a device, not an ordinary file", "save the rows to a file first")
+        return Path(self.path).open("rb")
+
+    def _refuse_other_kinds(self, head: bytes) -> None:
+        kind = next((name for magic, name in OTHER_FILES.items() if head.startswith(magic)), None)
+        if head[257:262] == b"ustar":
+            kind = "a tar archive"
+        if kind:
+            raise self._wrong(f"this is {kind}", f"unpack or convert it: {USABLE}")
+        wide = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
+        if wide:
+            raise self._wrong(f"this is {wide}, not UTF-8", "save the file as UTF-8", line=1)
+
+    def _stream(self, hashed: _Hashed, packing: str | None, suffixes: list[str]) -> Iterator[tuple[Any, Source]]:
+        raw: Any = _Unpacked(hashed, packing, self._wrong) if packing else hashed
+        stream: io.BufferedReader[Any] = io.BufferedReader(raw, 1 << 20)
+        head = stream.peek(HEAD)[:HEAD]
+        if packing:
+            self._refuse_other_kinds(head)
+            if _packing(head) or head.startswith(PARQUET):
+                raise self._wrong("a packed file inside a packed file", f"unpack it: {USABLE}")
+        table = next((s for s in suffixes[-2:] if s.lower() in {".csv", ".tsv"}), None)
+        if table:
+            return self._csv(stream, "\t" if table.lower() == ".tsv" else ",")
+        if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+            return self._array(stream)
+        return self._jsonl(stream)
+
+    def _jsonl(self, stream: io.BufferedReader[Any]) -> Iterator[tuple[Any, Source]]:
+        for line in itertools.count(1):
+            raw = stream.readline(MAX_ROW_BYTES + 1)
+            if not raw:
+                return
+            if not raw.strip():
+                self.num_blank += 1
+                continue
+            source = Source(self.path, line)
+            try:
+                row = parse_json(self._whole_line(raw, stream, line), source)
+            except DataError as error:
+                self._bad_row(error)
+                continue
+            yield row, source
+
+    def _whole_line(self, raw: bytes, stream: io.BufferedReader[Any], line: int) -> bytes:
+        if len(raw) <= MAX_ROW_BYTES:
+            return raw
+        while raw and not raw.endswith(b"\n"):
+            raw = stream.readline(MAX_ROW_BYTES)
+        raise self._wrong(f"the line is over {MAX_ROW_BYTES >> 20} MB", "one row a line; remove or split it", line)
+
+    def _array(self, stream: io.BufferedReader[Any]) -> Iterator[tuple[Any, Source]]:
+        for number, found in enumerate(Elements(io.TextIOWrapper(stream, "utf-8-sig", newline=""), self._wrong), 1):
+            try:
+                row = found.parsed(Source(self.path, number))
+            except DataError as error:
+                self._bad_row(error)
+                continue
+            yield row, Source(self.path, number)
+
+    def _csv(self, stream: io.BufferedReader[Any], delimiter: str) -> Iterator[tuple[Any, Source]]:
+        def lines() -> Iterator[str]:
+            for line in itertools.count(1):
+                raw = stream.readline(MAX_ROW_BYTES + 1)
+                if not raw:
+                    return
+                try:
+                    yield self._whole_line(raw, stream, line).decode("utf-8-sig" if line == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    message = f"not UTF-8 at byte {error.start} of the line"
+                    raise self._wrong(message, "save the file as UTF-8", line) from error
+
+        csv.field_size_limit(MAX_ROW_BYTES)
+        reader = csv.reader(lines(), delimiter=delimiter, strict=True)
+        names: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                raise self._wrong(f"broken CSV: {error}", "close every quote and double those inside", line) from error
+            if values is None:
+                return
+            if not values:
+                self.num_blank += 1
+            elif names is None:
+                names = values
+                if len(set(names)) < len(names):
+                    raise self._wrong("a column name stands twice in the header", "name each column once", line)
+            elif len(values) != len(names):
+                message = f"{len(values)} fields under a header of {len(names)} columns"
+                self._bad_row(self._wrong(message, "put quotes around text that holds the separator", line))
+            else:
+                yield dict(zip(names, values, strict=True)), Source(self.path, line)
+
+    def _parquet(self, file: BinaryIO) -> Iterator[tuple[Any, Source]]:
+        import pyarrow.parquet  # noqa: PLC0415  (slow to import, and few files are Parquet)
+
+        before = os.fstat(file.fileno())
+        hashed = _Hashed(file)
+        while hashed.read(1 << 20):
+            pass
+        self.sha256 = hashed.digest.hexdigest()
+        file.seek(0)
+        number = 0
+        try:
+            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield _without_nulls(row), Source(self.path, number)
+        except (pyarrow.ArrowException, OSError) as error:
+            text = str(error).strip().splitlines()[0]
+            raise self._wrong(f"broken Parquet: {text}", "write the file again", number) from error
+        after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise self._wrong("the file was changed while it was read", "start again")
+
+
+def _packing(head: bytes) -> str | None:
+    return "gzip" if head.startswith(GZIP) else "zstd" if head.startswith(ZSTD) else None
+
+
+class _Hashed(io.RawIOBase):
+    """A file whose bytes are hashed as they are read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+        self.num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        self.digest.update(data)
+        self.num_bytes += len(data)
+        return len(data)
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file holds, as long as it does not swell beyond MAX_RATIO."""
+
+    def __init__(self, packed: _Hashed, packing: str, wrong: Callable[[str, str], DataError]) -> None:
+        import pyarrow  # noqa: PLC0415
+
+        self._packed, self._packing, self._wrong = packed, packing, wrong
+        self._stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(packed, mode="r"), packing)
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            data = self._stream.read(len(buffer))
+        except OSError as error:
+            raise self._wrong(f"broken {self._packing}: {error}", "copy or pack the file again") from error
+        self._num_bytes += len(data)
+        if self._num_bytes > FREE_BYTES and self._num_bytes > MAX_RATIO * self._packed.num_bytes:
+            raise self._wrong(f"unpacks to over {MAX_RATIO} times its size", "unpack it yourself if that is meant")
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Parquet writes every key of a schema into every row, so null there means that the key is absent."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [_without_nulls(v) for v in value]
+    return value
