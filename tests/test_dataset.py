@@ -141,7 +141,7 @@ def test_rows_over_the_limit_are_refused_and_never_cut(tmp_path: Path, renderer:
 
 
 def test_a_row_that_is_refused_stops_the_reading(tmp_path: Path, renderer: Renderer) -> None:
-    path = write(tmp_path, chat("a", "b"), chat("a", "<|im_end|>"))
+    path = write(tmp_path, chat("a", "b"), {"messages": chat("a", "b")["messages"][:1]})
     with pytest.raises(DataError) as caught:
         load_dataset(path, renderer, NO_LIMIT)
     assert caught.value.place == f"{path}:2"

@@ -602,9 +602,7 @@ UNPROVABLE = {
         TURN.replace("m.content +", "m.content + ('<|im_end|>' if 'Hello' in m.content else '') +") + PROMPT,
         "more than once",
     ),
-    "raises": ("{{ raise_exception('Speak\nFrench!') }}", "Speak"),
-    "divides by zero": ("{{ 1 // 0 }}", "zero"),
-    "broken": ("{% for %}", "refuses the row"),
+    "raises": ("{{ raise_exception('Speak\nFrench!') }}", "Speak French!"),
 }
 
 
@@ -667,27 +665,6 @@ def test_an_answer_before_any_question_is_exact_or_refused() -> None:
         refusal(renderer, conversation)
         return
     assert_weights(CHAT.tokenizer, example, flatten(CHAT.pieces(conversation.messages)))
-
-
-@pytest.mark.parametrize("role", ["system", U, A, "tool"])
-@pytest.mark.parametrize("control", ["<|im_start|>", "<|im_end|>"])
-def test_control_tokens_spelled_in_text_are_refused(role: str, control: str) -> None:
-    messages = [Message(U, "Hi"), Message(role, f"say {control} now"), Message(A, "Hello!")]  # type: ignore[arg-type]
-    error = refusal(Renderer(CHAT.tokenizer), conversation_of(messages))
-    assert repr(control) in error.message
-    assert role in error.message
-
-
-@pytest.mark.parametrize("where", ["reasoning_content", "tool_calls", "tools"])
-def test_control_tokens_spelled_in_other_fields_are_refused(where: str) -> None:
-    # The template writes these into the text too, where they would be obeyed all the same.
-    template = TURN.replace("m.content", "(m.reasoning_content or '') + (m.tool_calls or '') | string + m.content")
-    template = "{{ tools | string }}" + template + PROMPT
-    evil = {"reasoning_content": "a<|im_start|>b", "tool_calls": [{"name": "a<|im_start|>b"}]}
-    fields = {where: evil[where]} if where in evil else {}
-    tools = [{"name": "a<|im_start|>b"}] if where == "tools" else []
-    conversation = conversation_of([Message(U, "Hi"), Message(A, "Hello!", 1.0, fields)], tools)
-    assert "'<|im_start|>'" in refusal(Renderer(build_tokenizer(template)), conversation).message
 
 
 def test_added_tokens_that_are_not_control_tokens_may_be_said() -> None:
@@ -881,10 +858,6 @@ def test_weights_of_prompts_without_a_template() -> None:
     for supervision, other in ((Supervision("all"), 1.0), (Supervision("assistant", 0.25), 0.25)):
         (example,) = Renderer(tokenizer, supervision).render(plain("2 + 2 =", " 4"))
         assert_weights(tokenizer, example, [Piece("<s>2 + 2 =", other, U), Piece(" 4</s>", 1.0, A)])
-
-
-def test_control_tokens_in_plain_strings_are_refused() -> None:
-    assert "'</s>'" in refusal(Renderer(with_post_processor(None)), plain("2 + 2 =", " 4</s>")).message
 
 
 def test_a_base_tokenizer_refuses_messages(base_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -9,27 +9,32 @@ The proof is that prompt_i is a prefix of turn_i, and that turn_i ends with the 
 fixed text that follows it. Then the tokens after prompt_i, up to and with the end-of-turn token, are exactly what the
 model must say in that turn, and nothing else is. Where it can't be shown the row is refused.
 
+Text that spells a control token is text: ids(...) obeys the control tokens of the template and no others.
+
     tokens      <|im_start|> user \\n Hi <|im_end|> \\n <|im_start|> assistant \\n   Hello  !  <|im_end|>  \\n
     weights           0       0   0  0      0      0        0           0      0     1    1      1       0
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from likely.data.encoding import ControlTokens
+from likely.data.template import DEFAULT_DATE, Ask, ChatTemplate, Problem
+from likely.data.writing import Row, Writer
 from likely.errors import DataError, ModelError, first_line
 from likely.types import ROLES, Conversation, Example, IntArray, Message, Source
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
+TemplateUse = Literal["auto", "chat", "raw"]
 PROBES = ("Alpha, beta.", "Gamma 7 delta")
-_ELSEWHERE = "\ue000"  # a private character, so that it has nothing in common with any content
 _NOWHERE = Source("the chat template", 0)
 
 
@@ -74,15 +79,46 @@ class Supervision:
 
 
 class Renderer:
-    """Renders conversations with one tokenizer and one idea of what is supervised."""
+    """Renders conversations with one tokenizer and one idea of what is supervised.
 
-    def __init__(self, tokenizer: Any, supervision: Supervision | None = None) -> None:
+    Args:
+        template: ``auto`` sends prompt and completion strings through the chat template where the tokenizer has one,
+            ``chat`` insists on it, ``raw`` joins them as they are.
+        template_date: the date that ``strftime_now`` of a template says, YYYY-MM-DD.
+
+    ``notes`` counts the rows of which something must be said.
+
+    Raises:
+        ModelError: ``chat`` with a tokenizer that has no chat template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        supervision: Supervision | None = None,
+        template: TemplateUse = "auto",
+        template_date: str = DEFAULT_DATE,
+    ) -> None:
         self.tokenizer = tokenizer
         self.supervision = supervision or Supervision()
-        self.has_template = tokenizer.chat_template is not None
-        special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
-        controls = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
+        self.notes: Counter[str] = Counter()
+        self._use = template
+        self.has_template = tokenizer.chat_template is not None and template != "raw"
+        if template == "chat" and not self.has_template:
+            raise ModelError("the tokenizer has no chat template", way_out="use template raw, or an instruct model")
+        source = tokenizer.chat_template or ""
+        sources = source if isinstance(source, Mapping) else {"default": source}
+        self.template = ChatTemplate(sources, tokenizer.special_tokens_map, template_date)
+        self._controls = ControlTokens(tokenizer)
+        self._writer = Writer(self.template, self._controls, self.notes, lambda: self.end_of_turn)
+        self._num_tokens = len(tokenizer)
+
+    def told(self) -> list[str]:
+        """Lines for people about what was rendered so far."""
+        lines = [f"{count:,} {note}" for note, count in self.notes.items()]
+        if self.has_template and self.template.writes_date:
+            lines.append(f"the chat template writes a date: it says {self.template.date} (template_date)")
+        return lines
 
     def render(self, conversation: Conversation) -> list[Example]:
         """The conversation's examples: one where the template keeps history as it was said, else one an assistant turn.
@@ -91,21 +127,33 @@ class Renderer:
             DataError: what is supervised can't be proved for this row.
             ModelError: the tokenizer's template can't be used at all.
         """
+        if conversation.tokens is not None:
+            return [self._render_tokens(conversation)]
+        try:
+            return self._render(conversation)
+        except RecursionError as error:
+            way_out = "flatten its tools or fields"
+            raise DataError("nested too deeply", place=str(conversation.source), way_out=way_out) from error
+
+    def _render(self, conversation: Conversation) -> list[Example]:
         self._check(conversation)
+        row = self._writer.row(conversation)
+        if conversation.plain and len(conversation.messages) == 1:
+            return [self._render_text(row)]
         if conversation.plain and not self.has_template:
-            return [self._render_plain(conversation)]
+            return [self._render_plain(row)]
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         if self.supervision.train_on == "last_assistant":
             turns = turns[-1:]
-        spans = [self._prove(conversation, i) for i in turns]
         end = len(conversation.messages) if self.supervision.train_on == "all" else turns[-1] + 1
-        text = self._text(conversation, end)
-        whole = self._ids(text)
+        row.write(turns, end)
+        spans = [self._prove(row, i) for i in turns]
+        whole = row.whole.ids_T
         marked = [
             (start, stop, conversation.messages[i].weight) for i, (_, start, stop) in zip(turns, spans, strict=True)
         ]
         if all(np.array_equal(ids[:stop], whole[:stop]) for ids, _, stop in spans):
-            return [self._example(conversation, whole, self._roles(conversation, text, end), marked)]
+            return [self._example(conversation, whole, row.roles(end), marked)]
         if self.supervision.weighs_prompts:
             raise DataError(
                 "the chat template rewrites earlier turns, so the conversation has no single joint likelihood",
@@ -113,16 +161,18 @@ class Renderer:
                 way_out="train on assistant turns only (train_on assistant, prompt_weight 0)",
             )
         return [
-            self._example(conversation, ids, self._roles(conversation, self._text(conversation, i + 1), i + 1), [span])
+            self._example(conversation, ids, row.roles(i + 1), [span])
             for i, (ids, _, _), span in zip(turns, spans, marked, strict=True)
         ]
 
     def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> list[int]:
         """Tokens that inference feeds the model before it answers."""
-        if not self.has_template:
-            return self._plain_prompt_ids("".join(m.content or "" for m in messages))
         conversation = Conversation(tuple(messages), source=_NOWHERE, tools=tuple(tools))
-        ids: list[int] = self._ids(self._text(conversation, len(messages), prompt=True)).tolist()
+        row = self._writer.row(conversation)
+        if not self.has_template:
+            return self._plain_ids("".join(m.content or "" for m in row.conversation.messages), row)
+        row.write([], len(messages), with_prompt=True)
+        ids: list[int] = row.whole.ids_T.tolist()
         return ids
 
     @cached_property
@@ -144,23 +194,25 @@ class Renderer:
 
     def _probe(self, answer: str) -> EndOfTurn:
         """What the template writes after an answer, as tokens in their place."""
-        try:
-            text = self._text(Conversation((Message("user", "Hi"), Message("assistant", answer)), _NOWHERE), 2)
-        except DataError as error:
-            raise ModelError(error.message, way_out="fix the chat template") from error
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+        text = self.template.texts(messages, (), [Ask(2)])[0]
+        if isinstance(text, Problem):
+            raise ModelError(
+                f"the chat template can't write a question and its answer: {text.message}",
+                way_out="fix the chat template",
+            )
         if answer not in text:
             raise ModelError("the chat template does not show the assistant's answer", way_out="fix the chat template")
-        control = self._control.search(text, text.rindex(answer) + len(answer))
+        control = self._controls.pattern.search(text, text.rindex(answer) + len(answer))
         if control is None:
             raise ModelError(
                 "the chat template ends the assistant's turn with no control token: a model can't learn to stop",
                 way_out="use a template with an end-of-turn token",
             )
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, starts = encoding["input_ids"], [start for start, _ in encoding["offset_mapping"]]
+        encoded = self._controls.encoder.encode(text)
         # A token may have taken in the white space before it.
-        index = max(i for i, start in enumerate(starts) if start <= control.start())
-        return EndOfTurn(ids[index], tuple(ids[index + 1 :]))
+        index = int(np.flatnonzero(encoded.start_T <= control.start())[-1])
+        return EndOfTurn(int(encoded.ids_T[index]), tuple(encoded.ids_T[index + 1 :].tolist()))
 
     def _check(self, conversation: Conversation) -> None:
         def wrong(message: str, way_out: str) -> DataError:
@@ -168,37 +220,31 @@ class Renderer:
 
         if not any(m.role == "assistant" for m in conversation.messages):
             raise wrong("no assistant turn, so nothing to train on", "add an assistant message or remove the row")
-        texts = [(f"the {m.role}'s text spells", [m.content, m.fields]) for m in conversation.messages]
-        for who, text in (*texts, ("the tools spell", conversation.tools)):
-            spelled = next(filter(None, map(self._control.search, _strings(text))), None)
-            if spelled:
-                raise wrong(
-                    f"{who} the control token {spelled[0]!r}, which would be obeyed",
-                    "remove it from the text; the chat template adds its own",
-                )
         for message in conversation.messages:
-            if self.supervision.weighs_prompts and message.role != "assistant" and message.weight != 1:
+            if message.role == "assistant" or message.weight == 1:
+                continue
+            if self.supervision.weighs_prompts or message.weight > 0:
                 raise wrong(
-                    f"weight {message.weight:g} on a {message.role} message", "give weights to assistant messages"
+                    f"weight {message.weight:g} on a {message.role} message",
+                    "give weights to assistant messages; prompt_weight is that of all the others",
                 )
         if not self.has_template and not conversation.plain:
+            if self._use == "raw":
+                raise wrong("template raw joins strings, and the row has messages", "use template auto")
             raise ModelError(
                 "the tokenizer has no chat template, and the row has messages",
                 place=str(conversation.source),
                 way_out="use an instruct model, or rows of prompt and completion strings",
             )
 
-    def _prove(self, conversation: Conversation, turn: int) -> tuple[IntArray, int, int]:
+    def _prove(self, row: Row, turn: int) -> tuple[IntArray, int, int]:
         """``(ids, start, stop)``: the tokens up to and with the turn, and its supervised span, proved."""
 
         def wrong(message: str, way_out: str) -> DataError:
-            return DataError(
-                f"assistant turn messages[{turn}]: {message}", place=str(conversation.source), way_out=way_out
-            )
+            return DataError(f"assistant turn messages[{turn}]: {message}", place=str(row.source), way_out=way_out)
 
-        prompt_text = self._text(conversation, turn, prompt=True)
-        text = self._text(conversation, turn + 1)
-        prompt, ids = self._ids(prompt_text), self._ids(text)
+        prompt_text, text = row.text(Ask(turn, with_prompt=True)), row.text(Ask(turn + 1))
+        prompt, ids = row.ids(prompt_text), row.ids(text)
         if not np.array_equal(ids[: len(prompt)], prompt):
             same = int(np.argmin([*(ids[: len(prompt)] == prompt[: len(ids)]), False]))
             raise wrong(
@@ -206,12 +252,9 @@ class Renderer:
                 f" {self._show(prompt[same:])} and training would see {self._show(ids[same:])}",
                 "strip white space at the start of the answer, or fix the chat template's generation prompt",
             )
-        message = conversation.messages[turn]
-        if message.fields.get("tool_calls") and (message.content or "").strip() not in text[len(prompt_text) :]:
-            raise wrong(
-                "the chat template drops its text because of its tool calls",
-                "make the text a turn of its own, or remove it",
-            )
+        lost = row.lost(turn, text[len(prompt_text) :])
+        if lost:
+            raise wrong(f"the chat template drops its {lost}", "make it a turn of its own, or remove it")
         end = self.end_of_turn
         stop = len(ids) - len(end.tail)
         if stop - 1 < len(prompt) or ids[stop - 1] != end.token_id or tuple(ids[stop:].tolist()) != end.tail:
@@ -234,85 +277,61 @@ class Renderer:
         weights_T[:1] = 0.0
         return Example(ids, weights_T, role_T, conversation.source)
 
-    def _roles(self, conversation: Conversation, text: str, num_messages: int) -> Any:
-        """The message that each token belongs to: up to the end of its content and of what the template closes it with.
-        Only for display and counts: what is supervised never depends on it."""
-        messages = conversation.messages[:num_messages]
-        ends: list[int] = []
-        for i, message in enumerate(messages):
-            # Another content in its place shows where the content ends, and what the template puts behind it.
-            changed = (*messages[:i], replace(message, content=_ELSEWHERE), *messages[i + 1 :])
-            try:
-                other = self._text(replace(conversation, messages=changed), num_messages)
-                closing = self._text(replace(conversation, messages=changed), i + 1).rpartition(_ELSEWHERE)[2]
-            except DataError:  # some templates refuse a lone system message: its tokens count as the next one's
-                ends.append(ends[-1] if ends else 0)
-                continue
-            end = len(text) - _num_common(text[::-1], other[::-1])
-            ends.append(end + _num_common(text[end:], closing))
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        last_T = np.array([end for _, end in encoding["offset_mapping"]], np.int64)
-        message_T = np.searchsorted(np.maximum.accumulate(ends), last_T).clip(max=len(messages) - 1)
-        return np.array([ROLES.index(m.role) for m in messages], np.int8)[message_T]
-
-    def _render_plain(self, conversation: Conversation) -> Example:
+    def _render_plain(self, row: Row) -> Example:
         """Prompt and completion joined as they are, and the end-of-text token, for a tokenizer without a template."""
-        prompt_text, completion = (m.content or "" for m in conversation.messages)
-        prompt = self._plain_prompt_ids(prompt_text)
-        whole = self._plain_prompt_ids(prompt_text + completion)
+        prompt_text, completion = (m.content or "" for m in row.conversation.messages)
+        prompt = self._plain_ids(prompt_text, row)
+        whole = self._plain_ids(prompt_text + completion, row)
         if whole[: len(prompt)] != prompt:
             raise DataError(
                 f"the prompt ends inside a token of the joined text ({self._show(prompt[-2:])} becomes"
                 f" {self._show(whole[len(prompt) - 1 :][:2])})",
-                place=str(conversation.source),
+                place=str(row.source),
                 way_out="move the white space at the end of the prompt to the start of the completion",
             )
         if not prompt:
-            raise DataError("the prompt has no tokens", place=str(conversation.source), way_out="give it some text")
+            raise DataError("the prompt has no tokens", place=str(row.source), way_out="give it some text")
         ids = np.array([*whole, self.end_of_turn.token_id], np.int64)
         role_T = np.full(len(ids), ROLES.index("user"), np.int8)
-        return self._example(conversation, ids, role_T, [(len(prompt), len(ids), conversation.messages[-1].weight)])
+        return self._example(row.original, ids, role_T, [(len(prompt), len(ids), row.original.messages[-1].weight)])
 
-    def _plain_prompt_ids(self, text: str) -> list[int]:
-        ids: list[int] = list(self.tokenizer(text)["input_ids"])
-        # Some tokenizers close every text with the end-of-text token; a prompt is not at its end.
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+    def _render_text(self, row: Row) -> Example:
+        """Bare text and the end-of-text token: all of it is learnt but the first token, which nothing predicts."""
+        token_id = self.tokenizer.eos_token_id
+        if token_id is None:
+            raise ModelError("the tokenizer has no end-of-text token", way_out="set eos_token in its config")
+        message = row.conversation.messages[0]
+        ids = np.array([*self._plain_ids(message.content or "", row), token_id], np.int64)
+        role_T = np.full(len(ids), ROLES.index("assistant"), np.int8)
+        return self._example(row.original, ids, role_T, [(0, len(ids), message.weight)])
 
-    def _text(self, conversation: Conversation, end: int, *, prompt: bool = False) -> str:
-        messages = [{"role": m.role, "content": m.content, **m.fields} for m in conversation.messages[:end]]
-        tools = [dict(tool) for tool in conversation.tools] or None
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=prompt
-            )
-        except Exception as error:  # a template is a program and may raise anything
+    def _render_tokens(self, conversation: Conversation) -> Example:
+        assert conversation.tokens is not None  # noqa: S101
+        ids = np.array(conversation.tokens.ids, object)  # no number is too large for it
+        outside = np.flatnonzero((ids < 0) | (ids >= self._num_tokens))
+        if len(outside):
             raise DataError(
-                f"the chat template refuses the row: {first_line(error)}",
+                f'"input_ids"[{outside[0]}] is {ids[outside[0]]}, and the tokenizer has {self._num_tokens} tokens',
                 place=str(conversation.source),
-                way_out="write the conversation as the template wants it",
-            ) from error
-        return text
+                way_out="tokenise with this model's tokenizer",
+            )
+        supervised = np.array(conversation.tokens.supervised)
+        weights_T = np.where(supervised, 1.0, self.supervision.prompt_weight)
+        if self.supervision.train_on == "all":
+            weights_T[:] = 1.0
+        weights_T[0] = 0.0
+        role_T = np.where(supervised, ROLES.index("assistant"), ROLES.index("user")).astype(np.int8)
+        return Example(ids.astype(np.int64), weights_T, role_T, conversation.source)
 
-    def _ids(self, text: str) -> Any:
-        return np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+    def _plain_ids(self, text: str, row: Row | None) -> list[int]:
+        """The ids of a text with what the tokenizer puts around every text, but for an end of text behind it."""
+        if row is None or not row.escaped:
+            ids: list[int] = list(self.tokenizer(text, verbose=False)["input_ids"])
+            # Some tokenizers close every text with the end-of-text token; a prompt is not at its end.
+            return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        around, bare = self._plain_ids(PROBES[0], None), self._controls.encoder.encode(PROBES[0]).ids_T
+        before = around[: len(around) - len(bare)]
+        return [*before, *row.encode(text).ids_T.tolist()]
 
     def _show(self, ids: Sequence[int] | Any) -> str:
         return repr(self.tokenizer.decode([int(i) for i in ids[:6]]))
-
-
-def _num_common(a: str, b: str) -> int:
-    """Length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string inside a JSON value, however deep."""
-    left = [value]
-    while left:
-        value = left.pop()
-        if isinstance(value, str):
-            yield value
-        elif isinstance(value, Mapping):
-            left += [*value, *value.values()]
-        elif isinstance(value, Sequence):
-            left += value

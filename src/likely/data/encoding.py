@@ -1,0 +1,211 @@
+"""Text -> token ids: fast where texts share a beginning, and exact where content spells a control token.
+
+A control token cuts a text: what stands before it is tokenised without regard to what follows. So the ids of a text
+that begins like another one are those of the other up to their last common control token, and the ids of the rest.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from likely.types import IntArray
+
+# While a template works, a character of the Tangut script (and then a rare ideograph) stands for each control token
+# that content spells: one that templates show as it is, also inside a Python literal. A private character then stands
+# for each control token that the template writes. Rows that have such characters beside a control token are refused.
+_TANGUT, _NUM_TANGUT, _IDEOGRAPHS = 0x17000, 6136, 0x20000
+_WRITTEN = 0xF0000
+_STAND_IN = re.compile("[\U00017000-\U000187f7\U00020000-\U0002a6df\U000f0000-\U0010ffff]")
+MAX_CACHED_CHARS, MAX_CACHED = 200, 10_000
+# Thoughts are written with these by people and templates alike, so an answer may say them.
+THOUGHT_MARKS = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A text's tokens: ``ids_T``, and where each stands in the text (``start_T``, ``end_T``, in characters).
+
+    ``anchors`` are the indices of the tokens that are control tokens and nothing more, ``anchor_ends`` where they end.
+    """
+
+    text: str
+    ids_T: IntArray
+    start_T: IntArray
+    end_T: IntArray
+    anchors: list[int]
+    anchor_ends: list[int]
+
+
+class TextEncoder:
+    """A tokenizer without its own ideas of truncation, padding and tokens around a text.
+
+    ``anchors`` are the control tokens by id; ``table`` gives the ids of the user's tokenizer, where ours has others.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, anchors: Mapping[int, str], table: IntArray | None = None) -> None:
+        self._tokenizer, self._anchors, self._table = tokenizer, dict(anchors), table
+        self._anchor_ids = np.array(sorted(self._anchors), np.int64)
+        self._cache: dict[str, Encoded] = {}
+
+    def encode(self, text: str) -> Encoded:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        ids_T = np.array(found.ids, np.int64)
+        offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
+        anchors = [
+            int(i)
+            for i in np.flatnonzero(np.isin(ids_T, self._anchor_ids))
+            if text[offsets[i, 0] : offsets[i, 1]] == self._anchors[int(ids_T[i])]
+        ]
+        if self._table is not None:
+            ids_T = self._table[ids_T]
+        return Encoded(text, ids_T, offsets[:, 0], offsets[:, 1], anchors, [int(offsets[i, 1]) for i in anchors])
+
+    def ids(self, text: str, like: Encoded) -> IntArray:
+        """``encode(text).ids_T`` of a text that begins as ``like`` does, mostly without the work."""
+        num_anchors = bisect_right(like.anchor_ends, common_length(text, like.text))
+        if num_anchors:
+            anchor = like.anchors[num_anchors - 1]
+            rest = self._encode_short(text[int(like.start_T[anchor]) :])
+            # The same control token stands there, and no longer one that begins alike.
+            if rest.anchors[:1] == [0] and rest.ids_T[0] == like.ids_T[anchor]:
+                return np.concatenate([like.ids_T[:anchor], rest.ids_T])
+        return self.encode(text).ids_T
+
+    def _encode_short(self, text: str) -> Encoded:
+        """Headers of turns come again and again."""
+        found = self._cache.get(text)
+        if found is None:
+            found = self.encode(text)
+            if len(text) <= MAX_CACHED_CHARS and len(self._cache) < MAX_CACHED:
+                self._cache[text] = found
+        return found
+
+
+class ControlTokens:
+    """The tokens of a tokenizer that are obeyed and not read: its special tokens and those it names (eos_token ...)."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._backend: Tokenizer = tokenizer.backend_tokenizer
+        self._backend.no_truncation()  # some files carry the settings of whatever they were used for before
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = False
+        added = tokenizer.added_tokens_decoder
+        named = set(tokenizer.all_special_tokens)
+        texts = {t.content for t in added.values() if t.special} | named
+        self._texts = sorted(texts, key=len, reverse=True)
+        self._added = {t.content: int(i) for i, t in added.items()}
+        whole = {
+            i: t.content
+            for t, i in ((t, self._added[t.content]) for t in added.values())
+            if t.content in texts and not t.single_word
+        }
+        self.pattern = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
+        unthoughtful = [text for text in self._texts if text not in THOUGHT_MARKS]
+        self._in_answers = re.compile("|".join(map(re.escape, unthoughtful)) or r"(?!)")
+        self.encoder = TextEncoder(self._backend, whole)
+        self._literal: TextEncoder | None = None
+
+    def spelled(self, value: Any, *, in_answer: bool = False) -> Iterator[str]:
+        """The control tokens that strings inside a JSON value spell."""
+        pattern = self._in_answers if in_answer else self.pattern
+        for text in strings(value):
+            yield from pattern.findall(text)
+
+    def hidden(self, value: Any, *, in_answer: bool = False) -> Any:
+        """The value with one other character for each control token that its strings spell."""
+        pattern = self._in_answers if in_answer else self.pattern
+
+        return _with_strings(
+            value, lambda text: pattern.sub(lambda match: _stand_in(self._texts.index(match[0])), text)
+        )
+
+    def shown(self, text: str) -> str:
+        """A text in which the control tokens that are meant are private characters, and those that content spells are
+        spelled again: the form that :attr:`literal` takes."""
+        text = self.pattern.sub(lambda match: chr(_WRITTEN + self._texts.index(match[0])), text)
+        return str(self.restored(text))
+
+    def restored(self, value: Any) -> Any:
+        """A text, or a JSON value, with what was :meth:`hidden` spelled again."""
+        table = {ord(_stand_in(i)): spelled for i, spelled in enumerate(self._texts)}
+        return _with_strings(value, lambda text: text.translate(table))
+
+    @property
+    def literal(self) -> TextEncoder:
+        """The same tokenizer with its control tokens renamed, so that their old spelling is text like any other."""
+        if self._literal is None:
+            spec = json.loads(self._backend.to_str())
+            names = {text: chr(_WRITTEN + i) for i, text in enumerate(self._texts)}
+            for token in spec["added_tokens"]:
+                token["content"] = names.get(token["content"], token["content"])
+            spec["post_processor"] = None
+            renamed = Tokenizer.from_str(json.dumps(spec))
+            table = np.arange(renamed.get_vocab_size(with_added_tokens=True) + len(self._added) + 1)
+            anchors = {}
+            for text, own in self._added.items():
+                other = renamed.token_to_id(names.get(text, text))
+                assert other is not None  # noqa: S101  (it was added under this name)
+                table[other] = own
+                if text in names:
+                    anchors[other] = names[text]
+            self._literal = TextEncoder(renamed, anchors, table)
+        return self._literal
+
+    def all_meant(self, encoded: Encoded) -> bool:
+        """Whether every control token among the ids is one that a template wrote, and none came out of content."""
+        ids = [own for text, own in self._added.items() if text in self._texts]
+        written = sum(_WRITTEN <= ord(c) < _WRITTEN + len(self._texts) for c in encoded.text)
+        return int(np.isin(encoded.ids_T, ids).sum()) == written
+
+
+def has_stand_in(value: Any) -> bool:
+    """Whether a string uses the characters that stand for control tokens here."""
+    return any(_STAND_IN.search(text) for text in strings(value))
+
+
+def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with every string in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_with_strings(key, change): _with_strings(v, change) for key, v in value.items()}
+    return [_with_strings(v, change) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _stand_in(index: int) -> str:
+    return chr(_TANGUT + index if index < _NUM_TANGUT else _IDEOGRAPHS + index - _NUM_TANGUT)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string inside a JSON value, however deep."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            left += [*value, *value.values()]
+        elif isinstance(value, Sequence):
+            left += value
+
+
+def common_length(a: str, b: str) -> int:
+    """Length of the common prefix, by halving: slices compare many times faster than characters."""
+    if b.startswith(a):
+        return len(a)
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,0 +1,191 @@
+"""A conversation -> the texts that the template makes of it, and their tokens: what proofs are made from.
+
+Where content spells a control token, another character stands for it while the template works, and in the end it is
+tokenised as the text that it is. That the template would have written the same around the real spelling is checked.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from likely.data.dialect import THOUGHT_KEYS, Dialect
+from likely.data.encoding import ControlTokens, Encoded, TextEncoder, has_stand_in
+from likely.data.roles import roles_of_tokens
+from likely.data.template import Ask, ChatTemplate, Problem
+from likely.errors import DataError, ModelError
+from likely.types import Conversation, IntArray
+
+
+class Writer:
+    """Writes rows with one template and one tokenizer.
+
+    Args:
+        notes: counts the rows of which something must be said.
+        prove_template: raises ModelError where the template can't even write a question and its answer.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        controls: ControlTokens,
+        notes: Counter[str],
+        prove_template: Callable[[], object],
+    ) -> None:
+        self.template, self.controls, self.notes, self.prove_template = template, controls, notes, prove_template
+        self.dialect = Dialect(template, notes)
+
+    def row(self, conversation: Conversation) -> Row:
+        """The conversation on its way, with other characters where its texts spell control tokens.
+
+        Raises:
+            DataError: its texts have such characters too.
+        """
+        contents = [[m.content, m.fields] for m in conversation.messages]
+        answers = [m.role == "assistant" for m in conversation.messages]
+        spelled = any(
+            next(self.controls.spelled(content, in_answer=answer), None)
+            for content, answer in zip(contents, answers, strict=True)
+        )
+        if not spelled and next(self.controls.spelled(conversation.tools), None) is None:
+            return Row(self, conversation, conversation)
+        if has_stand_in([contents, conversation.tools]):
+            raise DataError(
+                "its texts spell a control token, and have characters that stand for such here (Tangut, rare ideographs or"
+                " those of private use)",
+                place=str(conversation.source),
+                way_out="remove one or the other",
+            )
+        self.notes["rows spell a control token in their text; there it is text and not obeyed"] += 1
+        hidden = self.controls.hidden
+        messages = tuple(
+            replace(m, content=hidden(m.content, in_answer=answer), fields=hidden(m.fields, in_answer=answer))
+            for m, answer in zip(conversation.messages, answers, strict=True)
+        )
+        return Row(
+            self, replace(conversation, messages=messages, tools=tuple(hidden(conversation.tools))), conversation
+        )
+
+
+class Row:
+    """One conversation on its way. ``escaped`` says that ``conversation`` is not quite the ``original``; ``whole`` are
+    the tokens of the longest text that was asked for."""
+
+    whole: Encoded
+
+    def __init__(self, writer: Writer, conversation: Conversation, original: Conversation) -> None:
+        self.conversation, self.original = conversation, original
+        self.escaped = conversation is not original
+        self.source = original.source
+        self._writer = writer
+        self._texts: dict[Ask, str | Problem] = {}
+
+    def write(self, turns: Sequence[int], end: int, *, with_prompt: bool = False) -> None:
+        """Ask for every text that a proof of these turns needs, and for those that show where messages end."""
+        first = Ask(end, with_prompt)
+        needed = [first, *(ask for i in turns for ask in (Ask(i, with_prompt=True), Ask(i + 1)))]
+        self._fetch(list(dict.fromkeys([*needed, *(Ask(i + 1) for i in range(end - 1))])))
+        self.whole = self.encode(self.text(first))
+
+    def text(self, ask: Ask) -> str:
+        """What the template writes.
+
+        Raises:
+            DataError: the template refuses the row.
+            ModelError: it can't write any row.
+        """
+        text = self._texts[ask]
+        if isinstance(text, Problem):
+            if text.kind != "refused":
+                self._writer.prove_template()
+            raise DataError(
+                f"the chat template refuses the row: {text.message}",
+                place=str(self.source),
+                way_out="write the conversation as the template wants it",
+            )
+        return text
+
+    def _fetch(self, asks: list[Ask]) -> None:
+        controls = self._writer.controls
+        texts = self._ask(self._spoken, self.conversation.tools, asks)
+        if self.escaped:
+            real = self._ask(controls.restored(self._spoken), self.original.tools, asks)
+            for one, other in zip(texts, real, strict=True):
+                if isinstance(one, str) and controls.restored(one) != other:
+                    raise DataError(
+                        "the chat template writes other text where content spells a control token",
+                        place=str(self.source),
+                        way_out="remove it from the text",
+                    )
+        self._texts |= zip(asks, texts, strict=True)
+
+    @cached_property
+    def _spoken(self) -> list[dict[str, Any]]:
+        """The messages in the words of the template."""
+        return [
+            self._writer.dialect.message(m, f"messages[{i}]", self.source)
+            for i, m in enumerate(self.conversation.messages)
+        ]
+
+    def _ask(self, messages: list[dict[str, Any]], tools: Sequence[Any], asks: list[Ask]) -> list[str | Problem]:
+        try:
+            return self._writer.template.texts(messages, tools, asks)
+        except ModelError as error:
+            raise ModelError(error.message, place=str(self.source), way_out=error.way_out) from error
+
+    def _texts_of(self, asks: Sequence[Ask]) -> list[str | Problem]:
+        unknown = [ask for ask in asks if ask not in self._texts]
+        if unknown:
+            self._fetch(unknown)
+        return [self._texts[ask] for ask in asks]
+
+    @property
+    def _encoder(self) -> TextEncoder:
+        return self._writer.controls.literal if self.escaped else self._writer.controls.encoder
+
+    def _readable(self, text: str) -> str:
+        return self._writer.controls.shown(text) if self.escaped else text
+
+    def encode(self, text: str) -> Encoded:
+        """Tokens of a text of the template.
+
+        Raises:
+            DataError: the tokenizer makes a control token out of mere text.
+        """
+        encoded = self._encoder.encode(self._readable(text))
+        if self.escaped and not self._writer.controls.all_meant(encoded):
+            raise DataError(
+                "its text spells a control token that this tokenizer can't write as text",
+                place=str(self.source),
+                way_out="remove it from the text",
+            )
+        return encoded
+
+    def ids(self, text: str) -> IntArray:
+        return self._encoder.ids(self._readable(text), self.whole)
+
+    def roles(self, end: int) -> Any:
+        """For each token of the first ``end`` messages, the role that it belongs to: int8 indices into ROLES."""
+        text = self.text(Ask(end))
+        encoded = self.whole if self._readable(text) == self.whole.text else self.encode(text)
+        return roles_of_tokens(self.conversation.messages[:end], text, encoded, self._texts_of, self._readable)
+
+    def lost(self, turn: int, text: str) -> str:
+        """What an answer says and its ``text`` does not; empty where all is there."""
+        message = self.conversation.messages[turn]
+        for key in THOUGHT_KEYS:
+            thought = message.fields.get(key)
+            if isinstance(thought, str) and message.weight and thought.strip() not in text:
+                return f"thought ({key})"
+        calls = message.fields.get("tool_calls") or ()
+        if calls and (message.content or "").strip() not in text:
+            return "text because of its tool calls"
+        for call in calls:
+            function = call.get("function", call) if isinstance(call, dict) else {}
+            name = function.get("name") if isinstance(function, dict) else None
+            if isinstance(name, str) and name not in text:
+                return f"tool call {name!r}"
+        return ""
