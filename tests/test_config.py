@@ -21,6 +21,12 @@ FIELDS = [
     "data",
     "eval_data",
     "output",
+    "format",
+    "columns",
+    "template",
+    "template_date",
+    "on_bad_row",
+    "on_too_long",
     "epochs",
     "steps",
     "batch_size",
@@ -182,6 +188,7 @@ COUNTS = [
 ]
 TEXTS = ["model", "data", "eval_data", "output", "schedule", "tune", "dtype", "train_on", "normalize", "resume"]
 FROM_ZERO = ["seed", "num_answers", "skip_nonfinite"]
+TEXTS += ["format", "columns", "template", "template_date", "on_bad_row", "on_too_long"]
 
 
 def test_the_three_kinds_are_all_there_is() -> None:
@@ -215,10 +222,24 @@ def test_counts_are_whole_and_positive(key: str, value: Any) -> None:
     assert make_config(NEEDED | held_out | {key: 1}).model_dump()[key] == 1
 
 
-@pytest.mark.parametrize("value", [0, 7, -1.5, ["a"], {}])
+@pytest.mark.parametrize("value", [0, 7, -1.5, ["a"], {}, [1], ["a", 1]])
 @pytest.mark.parametrize("key", TEXTS)
 def test_texts_are_texts(key: str, value: Any) -> None:
+    if key in {"data", "eval_data"} and value == ["a"]:
+        return  # a list of files; see below
     assert f"{key} is {value!r}" in refused(NEEDED | {key: value}).message
+
+
+@pytest.mark.parametrize("key", ["data", "eval_data"])
+def test_a_list_of_files_is_what_commas_separate(tmp_path: Path, key: str) -> None:
+    text = f"{key}:\n  - a.jsonl:0.7\n  - b.csv:0.3\n"
+    config = make_config(NEEDED | read_yaml(written(tmp_path, text)))
+    assert config.model_dump()[key] == "a.jsonl:0.7,b.csv:0.3"
+
+
+def test_a_date_as_yaml_reads_it(tmp_path: Path) -> None:
+    config = make_config(NEEDED | read_yaml(written(tmp_path, "template_date: 2025-02-03\n")))
+    assert config.template_date == "2025-02-03"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +258,11 @@ def test_texts_are_texts(key: str, value: Any) -> None:
         ("dtype", ["float16", "bf16"], ["auto", "float32", "bfloat16"]),
         ("train_on", ["user", "completion"], ["assistant", "last_assistant", "all"]),
         ("normalize", ["none", "examples"], ["token", "example"]),
+        ("format", ["jsonl", "chat", ""], ["auto", "messages", "sharegpt", "alpaca", "text", "tokens"]),
+        ("template", ["yes", "none"], ["auto", "chat", "raw"]),
+        ("template_date", ["", "today", "2024-02-30", "26 Jul 2024"], ["2024-07-26", "2030-01-01"]),
+        ("on_bad_row", ["drop", "warn"], ["error", "skip"]),
+        ("on_too_long", ["skip", "truncate"], ["error", "drop", "truncate_left", "truncate_right"]),
     ],
 )
 def test_ranges_and_choices(key: str, bad: list[Any], good: list[Any]) -> None:
@@ -382,6 +408,12 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "max_length": optional(st.integers(1, 10**9)),
     "pack_tokens": optional(st.integers(1, 10**9)),
     "normalize": st.sampled_from(["token", "example"]),
+    "format": st.sampled_from(["auto", "messages", "tokens"]),
+    "columns": optional(TEXT),
+    "template": st.sampled_from(["auto", "chat", "raw"]),
+    "template_date": st.dates().map(str),
+    "on_bad_row": st.sampled_from(["error", "skip"]),
+    "on_too_long": st.sampled_from(["error", "drop", "truncate_left"]),
     "seed": st.integers(0, 2**64 - 1),
     "eval_every": optional(st.integers(1, 10**9)),
     "save_every": optional(st.integers(1, 10**9)),

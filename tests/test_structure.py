@@ -50,6 +50,8 @@ WITHIN = {
         "roles",
         "writing",
         "render",
+        "mixture",
+        "lengths",
         "dataset",
     ],
     "model": ["attention", "adapters", "embedded", "headers", "untrusted", "place", "forward", "generate", "load"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -43,15 +44,53 @@ def _a_folder(value: str) -> str:
 Name = Annotated[str, AfterValidator(_a_name)]
 
 
+def _joined(value: Any) -> Any:
+    """A YAML list of files is what --data separates by commas."""
+    return ",".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+
+
+def _a_day(value: Any) -> Any:
+    """YAML reads 2024-07-26 as a date."""
+    text = value.isoformat() if type(value) is datetime.date else value
+    if isinstance(text, str):
+        try:
+            datetime.date.fromisoformat(text)
+        except ValueError as error:
+            raise ValueError("write a date as YYYY-MM-DD") from error
+    return text
+
+
+DataFiles = Annotated[str, BeforeValidator(_joined), AfterValidator(_a_name)]
+Day = Annotated[str, BeforeValidator(_a_day)]
+
+
 class Config(BaseModel):
     """What one training does. Field ``batch_size`` is the flag ``--batch-size`` and the YAML key ``batch_size``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: Name = Field(description="Hugging Face folder, hub id, run folder, RUN@step-N or smollm2-135m")
-    data: Name = Field(description="training data: a JSONL file")
-    eval_data: Name | None = Field(None, description="held-out data, scored before and after")
+    data: DataFiles = Field(description="training data: a file, a.jsonl,b.csv, or a mix as a.jsonl:0.7,b.csv:0.3")
+    eval_data: DataFiles | None = Field(None, description="held-out data, scored before and after")
     output: Annotated[Name, AfterValidator(_a_folder)] = Field(description="run folder to create")
+
+    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = Field(
+        "auto", description="shape of the rows; auto looks at every row"
+    )
+    columns: str | None = Field(
+        None, description="map of columns, as prompt=question,completion=answer [the keys as they are]"
+    )
+    template: Literal["auto", "chat", "raw"] = Field(
+        "auto",
+        description="prompt and completion strings go through the chat template if there is one, always, or never",
+    )
+    template_date: Day = Field("2024-07-26", description="date that a chat template writes, if it does")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="stop at a row that is wrong, or leave it out and list it in rejected.jsonl"
+    )
+    on_too_long: Literal["error", "drop", "truncate_left", "truncate_right"] = Field(
+        "error", description="examples over max_length: stop, leave out, or cut at the start or the end"
+    )
 
     epochs: Number = Field(3.0, gt=0, description="passes over the training data")
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")

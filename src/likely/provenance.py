@@ -65,7 +65,14 @@ def describe(
 
 
 def _file(data: Dataset) -> dict[str, Any]:
-    return {"path": data.path, "sha256": data.sha256, "rows": len(data.conversations), "examples": len(data.examples)}
+    return {
+        "path": data.path,
+        "sha256": data.sha256,
+        "files": [asdict(file) for file in data.files],
+        "rows": len(data.conversations),
+        "rejected": len(data.rejected),
+        "examples": len(data.examples),
+    }
 
 
 def weights_hash(place: Place) -> str | None:

@@ -13,6 +13,8 @@ from typing import Any
 from likely import manifest, provenance, run_folder, stops, storage
 from likely.config import Config, to_yaml
 from likely.data.dataset import Dataset, load_dataset, num_steps
+from likely.data.formats import ReadOptions, parse_columns
+from likely.data.mixture import absolute_parts
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, Supervision, load_tokenizer
 from likely.data.trie import entropy_floor
@@ -126,25 +128,32 @@ def _load(inputs: _Inputs, saved: Path | None = None) -> LanguageModel:
 def _read_inputs(config: Config, display: Display) -> _Inputs:
     place = find_model(config.model)
     tokenizer = load_tokenizer(place.tokenizer)
-    renderer = Renderer(tokenizer, Supervision(config.train_on, config.prompt_weight))
+    supervision = Supervision(config.train_on, config.prompt_weight)
+    renderer = Renderer(tokenizer, supervision, config.template, config.template_date)
     context = read_context_length(place)
     limit = config.max_length or context
     if limit > context:
         raise ConfigError(
             f"max_length {limit} is over the model's context of {context} tokens", way_out=f"use at most {context}"
         )
-    data = load_dataset(config.data, renderer, limit, display.track)
+    columns = parse_columns(config.columns) if config.columns is not None else {}
+    options = ReadOptions(config.format, columns, config.on_bad_row == "skip", config.seed)
+
+    def load(path: str, renderer: Renderer) -> Dataset:
+        return load_dataset(path, renderer, limit, display.track, options, config.on_too_long)
+
+    data = load(config.data, renderer)
     # Held-out data is always judged by the answers, whatever training gives weight to.
-    judge = Renderer(tokenizer)
-    eval_data = load_dataset(config.eval_data, judge, limit, display.track) if config.eval_data else None
+    judge = Renderer(tokenizer, template=config.template, template_date=config.template_date)
+    eval_data = load(config.eval_data, judge) if config.eval_data else None
     for dataset in filter(None, (data, eval_data)):
         check_token_ids(place, dataset.examples)
+        for line in dataset.told:
+            display.say(line)
         if dataset.num_unweighted:
             display.say(f"{dataset.path}: {dataset.num_unweighted} examples have weight 0 throughout and are left out")
     if eval_data and eval_data.sha256 == data.sha256:
         display.say(f"{eval_data.path} is the training data itself: its figures say nothing about new examples")
-    if renderer.has_template and data.conversations[0].plain:
-        display.say("prompt and completion strings go through the model's chat template, as user and assistant")
     longest = max((e for d in (data, eval_data) if d for e in d.examples), key=lambda e: len(e.token_ids_T))
     num_longest = len(longest.token_ids_T)
     if config.pack_tokens is not None and config.pack_tokens < num_longest:
@@ -161,10 +170,12 @@ def _resolve(config: Config, max_length: int, pack_tokens: int) -> Config:
     """The config with nothing left to a default that another machine, folder or version might choose otherwise."""
     dtype = models.choose_compute_dtype(config.dtype, models.best_device())
     alpha = config.lora_alpha if config.lora_alpha is not None or config.tune == "full" else 2.0 * config.lora_rank
-    places = {key: getattr(config, key) for key in ("model", "data", "eval_data", "output")}
+    places = {key: getattr(config, key) for key in ("model", "output")}
     return config.model_copy(
         update={
-            **{key: str(Path(place).absolute()) for key, place in places.items() if place and Path(place).exists()},
+            **{key: str(Path(place).absolute()) for key, place in places.items() if Path(place).exists()},
+            "data": absolute_parts(config.data),
+            "eval_data": absolute_parts(config.eval_data) if config.eval_data else None,
             "learning_rate": config.peak_learning_rate,
             "max_length": max_length,
             "pack_tokens": pack_tokens,
@@ -245,6 +256,9 @@ def _begin(inputs: _Inputs, model: LanguageModel, start: run_folder.Start, folde
     with storage.disk_errors(folder, "the run's settings"):
         storage.replace_file(folder / "config.yaml", to_yaml(config).encode())
         storage.replace_file(folder / "run.json", (json.dumps(origins, indent=2) + "\n").encode())
+        for name, dataset in (("rejected.jsonl", inputs.data), ("rejected-eval.jsonl", inputs.eval_data)):
+            if dataset and dataset.rejected:
+                storage.replace_file(folder / name, dataset.rejected_lines().encode())
     journal = Journal(
         MetricsFile(folder / "metrics.jsonl"),
         total,

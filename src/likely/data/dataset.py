@@ -1,31 +1,59 @@
-"""A data file -> examples, and the order in which steps take them."""
+"""Data files -> examples, and the order in which steps take them."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from likely.data.formats import Reading
+from likely.data.formats import Reading, ReadOptions, Rejected
+from likely.data.lengths import LengthCounts, OnTooLong, fit
+from likely.data.mixture import choose_rows, parse_parts
 from likely.data.render import Renderer
 from likely.errors import DataError
 from likely.types import ROLES, Conversation, Example, IntArray
 
+MAX_REJECTED_TOLD = 20
 Track = Callable[[Iterable[Conversation], str, int], Iterable[Conversation]]
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """Examples of a file. ``row_N`` is the index of each example's conversation: a conversation whose template rewrites
-    history gives several. ``num_unweighted`` counts the examples left out since all their weights are 0."""
+class File:
+    """A file that was read, the hash of its bytes, and how many of its rows are used."""
 
     path: str
     sha256: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Examples of one file or several. ``row_N`` is the index of each example's conversation: a conversation whose
+    template rewrites history gives several. ``num_unweighted`` counts the examples left out since all their weights are
+    0. ``told`` are lines about the data that a person should see; ``rejected`` the rows that were left out as bad."""
+
+    path: str
+    files: tuple[File, ...]
     conversations: tuple[Conversation, ...]
     examples: tuple[Example, ...]
     row_N: tuple[int, ...]
     num_unweighted: int
+    told: tuple[str, ...] = ()
+    rejected: tuple[Rejected, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the file, or of the hashes of several."""
+        if len(self.files) == 1:
+            return self.files[0].sha256
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
+
+    def rejected_lines(self) -> str:
+        """JSONL: the file, the line and the reason of each row that was left out."""
+        return "".join(json.dumps(asdict(rejected), ensure_ascii=False) + "\n" for rejected in self.rejected)
 
     def tokens_per_role(self) -> dict[str, dict[str, float]]:
         """``{role: {"tokens": count, "supervised": count, "weight": sum}}`` over all examples."""
@@ -43,43 +71,104 @@ class Dataset:
 
 
 def load_dataset(
-    path: str, renderer: Renderer, max_length: int, track: Track | None = None, *, keep_unweighted: bool = False
+    path: str,
+    renderer: Renderer,
+    max_length: int,
+    track: Track | None = None,
+    options: ReadOptions | None = None,
+    on_too_long: OnTooLong = "error",
+    *,
+    keep_unweighted: bool = False,
 ) -> Dataset:
-    """Read and render a file.
+    """Read and render data.
 
     Args:
-        path: a data file; see :mod:`likely.data.reading`.
+        path: a file, several (``a.jsonl,b.jsonl``), or a mix of them (``a.jsonl:0.7,b.jsonl:0.3``).
         max_length: the longest example allowed, in tokens.
         track: shows progress: called with the rows, a title and their number.
         keep_unweighted: keep examples whose weights are all 0, to look at them.
 
     Raises:
         DataError: a row can't be read, rendered or proved; rows over ``max_length``; nothing left to train on.
+        ConfigError: ``path`` can't be understood.
     """
-    reading = Reading(path)
-    conversations = list(reading)
+    parts = parse_parts(path)
+    readings = [Reading(part.path, options) for part in parts]
+    rows = [list(reading) for reading in readings]
+    chosen = choose_rows(parts, [len(found) for found in rows], options.seed if options else 0)
+    conversations = [rows[i][row] for i, taken in enumerate(chosen) for row in taken]
+    owners = [reading for reading, taken in zip(readings, chosen, strict=True) for _ in taken]
+    renderer.notes.clear()
+    lengths = LengthCounts()
     examples: list[Example] = []
     row_N: list[int] = []
-    num_unweighted = 0
+    too_long: list[Example] = []
+    num_rendered = num_unweighted = 0
     for row, conversation in enumerate(track(conversations, "reading", len(conversations)) if track else conversations):
-        for example in renderer.render(conversation):
-            if keep_unweighted or example.weights_T.any():
-                examples.append(example)
-                row_N.append(row)
-            else:
+        for example in _rendered(renderer, conversation, owners[row]):
+            num_rendered += 1
+            if not (keep_unweighted or example.weights_T.any()):
                 num_unweighted += 1
-    too_long = [e for e in examples if len(e.token_ids_T) > max_length]
+                continue
+            if on_too_long == "error" and len(example.token_ids_T) > max_length:
+                too_long.append(example)
+                continue
+            fitted = fit(example, max_length, on_too_long, lengths)
+            if fitted is not None:
+                examples.append(fitted)
+                row_N.append(row)
     if too_long:
-        first = too_long[0]
-        raise DataError(
-            f"{len(first.token_ids_T)} tokens, and {len(too_long)} of {len(examples)} examples are over the limit of"
-            f" {max_length} tokens (the longest has {max(len(e.token_ids_T) for e in too_long)})",
-            place=str(first.source),
-            way_out="raise --max-length if the model's context allows it, or shorten or remove the rows",
-        )
+        raise _too_long(too_long, num_rendered - num_unweighted, max_length)
+    rejected = tuple(r for reading in readings for r in reading.rejected)
     if not examples:
-        raise DataError("every weight is 0, so nothing to train on", place=path, way_out="give some message a weight")
-    return Dataset(path, reading.sha256, tuple(conversations), tuple(examples), tuple(row_N), num_unweighted)
+        raise _nothing_left(path, lengths, rejected)
+    files = tuple(File(r.path, r.sha256, len(taken)) for r, taken in zip(readings, chosen, strict=True))
+    told = [line for reading in readings for line in reading.told()]
+    if len(files) > 1:
+        told.append("mixed: " + ", ".join(f"{file.rows:,} rows of {file.path}" for file in files))
+    told += [f"{path}: {line}" for line in (*renderer.told(), *lengths.told(max_length))]
+    told += _told_rejected(rejected)
+    return Dataset(
+        path, files, tuple(conversations), tuple(examples), tuple(row_N), num_unweighted, tuple(told), rejected
+    )
+
+
+def _rendered(renderer: Renderer, conversation: Conversation, reading: Reading) -> list[Example]:
+    try:
+        return renderer.render(conversation)
+    except DataError as error:
+        if not reading.options.skip_bad_rows:
+            raise
+        reading.reject(error)
+        return []
+
+
+def _too_long(examples: list[Example], num_examples: int, max_length: int) -> DataError:
+    first = examples[0]
+    return DataError(
+        f"{len(first.token_ids_T)} tokens, and {len(examples)} of {num_examples} examples are over the limit of"
+        f" {max_length} tokens (the longest has {max(len(e.token_ids_T) for e in examples)})",
+        place=str(first.source),
+        way_out="raise --max-length if the model's context allows it, shorten the rows, or say --on-too-long",
+    )
+
+
+def _nothing_left(path: str, lengths: LengthCounts, rejected: tuple[Rejected, ...]) -> DataError:
+    if rejected:
+        first = rejected[0]
+        message = f"every row is bad; the first is line {first.line}: {first.reason}"
+        return DataError(message, place=path, way_out="correct the rows")
+    if lengths.over:
+        message = f"nothing is left to train on: {lengths.over} examples are too long"
+        return DataError(message, place=path, way_out="raise --max-length or shorten the rows")
+    return DataError("every weight is 0, so nothing to train on", place=path, way_out="give some message a weight")
+
+
+def _told_rejected(rejected: tuple[Rejected, ...]) -> list[str]:
+    lines = [f"left out: {r.file}:{r.line}: {r.reason}" for r in rejected[:MAX_REJECTED_TOLD]]
+    if len(rejected) > MAX_REJECTED_TOLD:
+        lines.append(f"left out: {len(rejected) - MAX_REJECTED_TOLD:,} more rows")
+    return lines
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: float, steps: int | None) -> int:

@@ -38,12 +38,14 @@ class ReadOptions:
     """How a file's rows are read.
 
     ``columns`` maps a key of a shape to the column that holds it; only mapped columns are read then. With
-    ``skip_bad_rows`` a row that is wrong is left out and listed, instead of stopping everything.
+    ``skip_bad_rows`` a row that is wrong is left out and listed, instead of stopping everything. ``seed`` chooses the
+    rows of a mix of files.
     """
 
     format: Format = "auto"
     columns: Mapping[str, str] = field(default_factory=dict)
     skip_bad_rows: bool = False
+    seed: int = 0
 
 
 class Reading:

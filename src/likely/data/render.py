@@ -141,7 +141,10 @@ class Renderer:
         if conversation.plain and len(conversation.messages) == 1:
             return [self._render_text(row)]
         if conversation.plain and not self.has_template:
+            self.notes["rows of prompt and completion are joined as they are, and the end-of-text token added"] += 1
             return [self._render_plain(row)]
+        if conversation.plain:
+            self.notes["rows of prompt and completion go through the chat template, as user and assistant"] += 1
         turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
         if self.supervision.train_on == "last_assistant":
             turns = turns[-1:]

@@ -54,8 +54,8 @@ class Writer:
             return Row(self, conversation, conversation)
         if has_stand_in([contents, conversation.tools]):
             raise DataError(
-                "its texts spell a control token, and have characters that stand for such here (Tangut, rare ideographs or"
-                " those of private use)",
+                "its texts spell a control token, and have characters that stand for such here (Tangut, rare ideographs"
+                " or those of private use)",
                 place=str(conversation.source),
                 way_out="remove one or the other",
             )
