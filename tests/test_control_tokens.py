@@ -143,14 +143,14 @@ def test_tokenizers_that_mark_the_beginning_of_words(scheme: str) -> None:
 
 
 def test_a_tokenizer_that_makes_control_tokens_of_text_refuses_the_row() -> None:
-    # A model of whole words has the name of its control token as a word.
+    # A model of whole words reads what it does not know as its unknown word, which is a control token.
     words = {w: i for i, w in enumerate(["[UNK]", "<s>", "</s>", "a", "user", "assistant"])}
     tokenizer = Tokenizer(models.WordLevel(words, "[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.add_special_tokens(["<s>", "</s>"])
     template = "{% for m in messages %}{{ '<s> ' + m.role + ' ' + m.content + ' </s> ' }}{% endfor %}"
     template += "{% if add_generation_prompt %}{{ '<s> assistant ' }}{% endif %}"
-    named = {"eos_token": "</s>"}
+    named = {"eos_token": "</s>", "unk_token": "[UNK]"}
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **named)
     assert Renderer(wrapped).render(conversation_of((U, "a"), (A, "a")))
     with pytest.raises(DataError, match=r"rows.jsonl:3: .*can't write as text"):

@@ -147,6 +147,7 @@ class ControlTokens:
             for token in spec["added_tokens"]:
                 token["content"] = names.get(token["content"], token["content"])
             spec["post_processor"] = None
+            _rename_words(spec["model"], names)
             renamed = Tokenizer.from_str(json.dumps(spec))
             table = np.arange(renamed.get_vocab_size(with_added_tokens=True) + len(self._added) + 1)
             anchors = {}
@@ -169,6 +170,18 @@ class ControlTokens:
 def has_stand_in(value: Any) -> bool:
     """Whether a string uses the characters that stand for control tokens here."""
     return any(_STAND_IN.search(text) for text in strings(value))
+
+
+def _rename_words(model: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Some models have their control tokens as words, and would find them in mere text."""
+    vocab = model.get("vocab")
+    merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "") for pair in model.get("merges") or ()}
+    if isinstance(vocab, dict):
+        model["vocab"] = {word if word in merged else names.get(word, word): i for word, i in vocab.items()}
+    elif isinstance(vocab, list):
+        model["vocab"] = [[names.get(word, word), score] for word, score in vocab]
+    if model.get("unk_token") in names and model["unk_token"] not in merged:
+        model["unk_token"] = names[model["unk_token"]]
 
 
 def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
