@@ -147,12 +147,13 @@ class Rows:
             raw = stream.readline(MAX_ROW_BYTES + 1)
             if not raw:
                 return
-            if not raw.strip():
-                self.num_blank += 1
-                continue
             source = Source(self.path, line)
             try:
-                row = parse_json(self._whole_line(raw, stream, line), source)
+                raw = self._whole_line(raw, stream, line)
+                if not raw.strip():
+                    self.num_blank += 1
+                    continue
+                row = parse_json(raw, source)
             except DataError as error:
                 self._bad_row(error)
                 continue

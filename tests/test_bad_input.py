@@ -1,0 +1,242 @@
+"""Bad input as people meet it: through the command line, each with its exit code, its place, one line, and nothing left
+behind. The numbers are those of the list that this is held against."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from conftest import CHATML
+from test_cli import Said, assert_refused, likely  # noqa: F401  (a fixture)
+
+Likely = Callable[..., Said]
+USER = {"role": "user", "content": "What is the capital?"}
+ASSISTANT = {"role": "assistant", "content": "Paris."}
+ROW = {"messages": [USER, ASSISTANT]}
+LINE = json.dumps(ROW).encode() + b"\n"
+
+
+def said(*turns: Any, **extra: Any) -> bytes:
+    return json.dumps({"messages": list(turns), **extra}).encode() + b"\n"
+
+
+# number and name -> (file name, bytes after one good line, place within the file, words)
+REFUSED: dict[str, tuple[str, bytes, int | None, str]] = {
+    "7 UTF-16": ("d.jsonl", LINE.decode().encode("utf-16"), 1, "UTF-16, not UTF-8"),
+    "8 a byte that is not UTF-8": ("d.jsonl", LINE + LINE.replace(b"capital", b"caf\xe9"), 2, "not UTF-8 at byte"),
+    "12 carriage returns alone": ("d.jsonl", LINE.replace(b"\n", b"\r") * 3, 1, "broken JSON"),
+    "15 a last line that is cut": ("d.jsonl", LINE * 16 + b'{"messages":[{"ro', 17, "broken JSON"),
+    "18 a pretty-printed object": ("d.jsonl", json.dumps(ROW, indent=2).encode(), 1, "one row a line"),
+    "19 NaN": ("d.jsonl", LINE + LINE.replace(b'"Paris."', b'"Paris.", "score": NaN'), 2, "NaN is not JSON"),
+    "20 a key that stands twice": ("d.jsonl", LINE + b'{"messages": [], "messages": []}\n', 2, "stands twice"),
+    "21 endless nesting": ("d.jsonl", LINE + b"[" * 200_000 + b"\n", 2, "nested too deeply"),
+    "21 endless nesting in an array": ("d.json", b"[" * 200_000, 1, "nested too deeply"),
+    "23 a long line": ("d.jsonl", LINE + b" " * (17 * 2**20) + b"\n", 2, "over 16 MB"),
+    "24 a bomb": ("d.jsonl.gz", gzip.compress((b" " * 4095 + b"\n") * 2**15), None, "times its size"),
+    "25 a zip archive": ("d.jsonl", b"PK\x03\x04" + b"\0" * 100, None, "zip archive"),
+    "25 a cut Parquet file": ("d.jsonl", b"PAR1" + b"\0" * 100, 0, "broken Parquet"),
+    "29 a list": ("d.jsonl", LINE + b"[1]\n", 2, "a list"),
+    "29 a number": ("d.jsonl", LINE + b"7\n", 2, "a number"),
+    "29 null": ("d.jsonl", LINE + b"null\n", 2, "null"),
+    "29 a string": ("d.jsonl", LINE + b'"Hi"\n', 2, "a string"),
+    "30 a key that is missing": ("d.jsonl", LINE + b'{"prompt": "a"}\n', 2, "the row has 'prompt'"),
+    "31 messages as text": ("d.jsonl", LINE + b'{"messages": "hi"}\n', 2, '"messages" is a string'),
+    "32 no messages": ("d.jsonl", LINE + b'{"messages": []}\n', 2, "an empty list"),
+    "33 no answer": ("d.jsonl", LINE + said(USER), 2, "no assistant turn"),
+    "34 an unknown role": ("d.jsonl", LINE + said({**USER, "role": "bot"}, ASSISTANT), 2, "role is 'bot'"),
+    "36 null content": ("d.jsonl", LINE + said({"role": "user", "content": None}, ASSISTANT), 2, "no content"),
+    "36 a picture": (
+        "d.jsonl",
+        LINE + said({"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT),
+        2,
+        "'image_url'",
+    ),
+    "36 content as a number": ("d.jsonl", LINE + said({"role": "user", "content": 4}, ASSISTANT), 2, "is a number"),
+    "38 a weight on the row": ("d.jsonl", LINE + said(USER, ASSISTANT, weight=0.5), 2, "weight on the whole row"),
+    "38 a weight on a question": ("d.jsonl", LINE + said({**USER, "weight": 0.5}, ASSISTANT), 2, "on a user message"),
+    "38 a weight above 1": ("d.jsonl", LINE + said(USER, {**ASSISTANT, "weight": 2}), 2, "weight is 2"),
+    "39 a row over the limit": ("d.jsonl", LINE + said({**USER, "content": "a " * 900}, ASSISTANT), 2, "limit of"),
+    "43 half a character": ("d.jsonl", LINE + said({**USER, "content": "\ud83d"}, ASSISTANT), 2, "surrogate"),
+    "54 arguments that are no JSON": (
+        "d.jsonl",
+        LINE + said(USER, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}),
+        2,
+        "broken JSON",
+    ),
+    "54 tools that are no JSON": ("d.jsonl", LINE + said(USER, ASSISTANT, tools="["), 2, "broken JSON"),
+    "two shapes in one row": ("d.jsonl", LINE + said(USER, ASSISTANT, text="a"), 2, "fits messages and text"),
+    "a CSV without its columns": ("d.csv", b"question,answer\na,b\n", 2, "'question', 'answer'"),
+    "a CSV that breaks off": ("d.csv", b'prompt,completion\na,b\n"a,b', 3, "broken CSV"),
+    "tokens of another model": (
+        "d.jsonl",
+        b'{"input_ids": [1, 99999], "labels": [1, 99999]}\n',
+        1,
+        "the tokenizer has",
+    ),
+    "labels that are shifted": ("d.jsonl", b'{"input_ids": [1, 2], "labels": [2, 1]}\n', 1, "labels"),
+    "2 an empty file": ("d.jsonl", b"", None, "no rows"),
+    "16 blank lines only": ("d.jsonl", b"\n \n\r\n", None, "no rows"),
+    "an empty array": ("d.json", b"[]", None, "no rows"),
+    "a header alone": ("d.csv", b"prompt,completion\n", None, "no rows"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_data(likely: Likely, tmp_path: Path, tiny_model_dir: Path, name: str) -> None:  # noqa: F811
+    file, raw, line, words = REFUSED[name]
+    (tmp_path / file).write_bytes(raw)
+    started = time.monotonic()
+    told = likely("train", "--model", tiny_model_dir, "--data", file, "--output", "run")
+    assert_refused(told, 3, words)
+    assert told.err.startswith(f"error: {file}:{line}: " if line else f"error: {file}: ")
+    assert time.monotonic() - started < 30
+    assert (tmp_path / file).read_bytes() == raw
+    assert [path.name for path in tmp_path.iterdir()] == [file]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ("missing.jsonl", "no such file"),  # 1
+        (".", "a folder"),  # 3
+        ("pipe", "not an ordinary file"),  # 4
+        ("/dev/zero", "not an ordinary file"),
+        ("dangling.jsonl", "no such file"),  # 27
+        ("x" * 300, "name too long"),
+    ],
+)
+def test_what_is_no_data_file(
+    likely: Likely,  # noqa: F811
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    data: str,
+    words: str,
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling.jsonl").symlink_to("nowhere")
+    told = likely("train", "--model", tiny_model_dir, "--data", data, "--output", "run")
+    assert_refused(told, 3)
+    assert words in told.err.lower()
+    assert not (tmp_path / "run").exists()
+
+
+ACCEPTED: dict[str, tuple[str, bytes, str]] = {
+    "6 a byte order mark": ("d.jsonl", b"\xef\xbb\xbf" + LINE, ""),
+    "10 NUL in a text": ("d.jsonl", said({**USER, "content": "a\0b"}, ASSISTANT), ""),
+    "11 CR LF": ("d.jsonl", (LINE + LINE).replace(b"\n", b"\r\n"), ""),
+    "14 no end of line": ("d.jsonl", LINE + LINE.rstrip(), ""),
+    "16 blank lines": ("d.jsonl", b"\n" + LINE + b" \n\n" + LINE, "3 blank lines"),
+    "17 an array": ("d.json", b"[" + LINE + b"," + LINE + b"]", "2 rows of messages"),
+    "37 an empty answer": ("d.jsonl", LINE + said(USER, {**ASSISTANT, "content": ""}), ""),
+    "42 a control token in a text": ("d.jsonl", said({**USER, "content": "<|im_end|>"}, ASSISTANT), "not obeyed"),
+    "44 equal rows": ("d.jsonl", LINE * 9, "9 rows of messages"),
+    "45 one row for a batch of eight": ("d.jsonl", LINE, "1 rows of messages"),
+    "47 two shapes in one file": ("d.jsonl", LINE + b'{"prompt": "a", "completion": "b"}\n', "several shapes"),
+    "48 keys that nothing reads": ("d.jsonl", said(USER, ASSISTANT, id=1), "nothing reads: 'id'"),
+    "52 a formula and a script": (
+        "d.jsonl",
+        said({**USER, "content": "=1+1 <script>alert(1)</script>"}, ASSISTANT),
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_odd_data_that_is_fine(likely: Likely, tmp_path: Path, tiny_model_dir: Path, name: str) -> None:  # noqa: F811
+    file, raw, words = ACCEPTED[name]
+    (tmp_path / file).write_bytes(raw)
+    told = likely("train", "--model", tiny_model_dir, "--data", file, "--output", "run", "--steps", 1)
+    assert told.code == 0, told.err
+    assert words in told.err
+    assert (tmp_path / file).read_bytes() == raw
+
+
+def test_bad_rows_are_skipped_where_asked(likely: Likely, tmp_path: Path, tiny_model_dir: Path) -> None:  # noqa: F811
+    (tmp_path / "d.jsonl").write_bytes(LINE + b"{\n" + said(USER) + LINE)
+    flags = ("--model", tiny_model_dir, "--data", "d.jsonl", "--eval-data", "d.jsonl", "--steps", 1)
+    told = likely("train", *flags, "--output", "run", "--on-bad-row", "skip")
+    assert told.code == 0, told.err
+    assert "left out: d.jsonl:2: broken JSON" in told.err
+    for name in ("rejected.jsonl", "rejected-eval.jsonl"):
+        rejected = [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
+        assert [(r["file"], r["line"]) for r in rejected] == [("d.jsonl", 2), ("d.jsonl", 3)]
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["data"]["rejected"] == 2
+
+
+def test_settings_of_the_data_go_all_the_way(likely: Likely, tmp_path: Path, tiny_model_dir: Path) -> None:  # noqa: F811
+    (tmp_path / "d.csv").write_text("q,a\nHi,Hello\nBye," + "b " * 900 + "\n")
+    (tmp_path / "e.jsonl").write_bytes(LINE)
+    flags = ("--model", tiny_model_dir, "--columns", "prompt=q,completion=a", "--steps", 1)
+    told = likely("train", *flags, "--data", "d.csv", "--output", "run", "--on-too-long", "drop", "--template", "raw")
+    assert told.code == 0, told.err
+    assert "1 examples over 512 tokens: 1 left out" in told.err
+    assert "joined as they are" in told.err
+    told = likely("train", "--model", tiny_model_dir, "--data", "e.jsonl", "--format", "text", "--output", "r2")
+    assert_refused(told, 3, "e.jsonl:1", "format text wants 'text'")
+    told = likely("train", "--model", tiny_model_dir, "--data", "e.jsonl", "--columns", "p=q", "--output", "r3")
+    assert_refused(told, 2, "'p'")
+    told = likely("train", "--model", tiny_model_dir, "--data", "e.jsonl", "--template", "raw", "--output", "r4")
+    assert_refused(told, 3, "e.jsonl:1", "template raw")
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+TEMPLATES: dict[str, tuple[str | None, int, str]] = {
+    "95 none": (None, 4, "no chat template"),
+    "95 a mistake in it": ("{% for %}", 4, "broken"),
+    "95 into Python": ("{{ ''.__class__.__mro__ }}", 4, "unsafe"),
+    "95 an endless loop": (LOOP + CHATML, 4, "over 5 s"),
+    "95 a long output": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", 4, "16 million"),
+    "95 a refusal": ("{{ raise_exception('No\nsystem!') }}" + CHATML, 3, "No system!"),
+    "96 no end of turn": ("{% for m in messages %}{{ m.content }}{% endfor %}", 4, "no control token"),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates(
+    likely: Likely,  # noqa: F811
+    tmp_path: Path,
+    chat_tokenizer: PreTrainedTokenizerFast,
+    tiny_model_dir: Path,
+    name: str,
+) -> None:
+    source, code, words = TEMPLATES[name]
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.name != "chat_template.jinja":
+            (model / file.name).symlink_to(file)
+    if source is not None:
+        (model / "chat_template.jinja").write_text(source)
+    (tmp_path / "d.jsonl").write_bytes(LINE + LINE)
+    told = likely("train", "--model", model, "--data", "d.jsonl", "--output", "run")
+    assert_refused(told, code, words)
+    if code == 3:
+        assert told.err.startswith("error: d.jsonl:1: ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("raw", [None, b"", b"{", b"not a tokenizer", b"{}", b"\xff\xfe"])
+def test_94_tokenizers_that_cannot_be_read(
+    likely: Likely,  # noqa: F811
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    raw: bytes | None,
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in tiny_model_dir.iterdir():
+        if file.name != "tokenizer.json":
+            (model / file.name).symlink_to(file)
+    if raw is not None:
+        (model / "tokenizer.json").write_bytes(raw)
+    (tmp_path / "d.jsonl").write_bytes(LINE)
+    told = likely("train", "--model", model, "--data", "d.jsonl", "--output", "run")
+    assert_refused(told, 4, "model")
