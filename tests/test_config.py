@@ -237,8 +237,8 @@ def test_a_list_of_files_is_what_commas_separate(tmp_path: Path, key: str) -> No
     assert config.model_dump()[key] == "a.jsonl:0.7,b.csv:0.3"
 
 
-def test_a_date_as_yaml_reads_it(tmp_path: Path) -> None:
-    config = make_config(NEEDED | read_yaml(written(tmp_path, "template_date: 2025-02-03\n")))
+def test_a_date_in_yaml_stands_in_quotes(tmp_path: Path) -> None:
+    config = make_config(NEEDED | read_yaml(written(tmp_path, "template_date: '2025-02-03'\n")))
     assert config.template_date == "2025-02-03"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -233,6 +233,7 @@ PARTS = st.lists(
 
 
 @pytest.mark.parametrize("name", ODD)
+@example("a<|x|>", "b", "x")
 @given(PARTS, PARTS, PARTS)
 @thorough
 def test_shared_beginnings_give_the_same_ids_as_a_tokenisation_of_their_own(

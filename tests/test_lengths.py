@@ -138,8 +138,7 @@ def test_bad_rows_are_left_out_and_written_down(tmp_path: Path, renderer: Render
     assert len(told) == 21
     assert told[0].startswith(f"left out: {path}:2: broken JSON")
     assert told[-1] == "left out: 12 more rows"
-    dataset.write_rejected(tmp_path / "rejected.jsonl")
-    lines = (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = dataset.rejected_lines().splitlines()
     assert json.loads(lines[1]) == {"file": path, "line": 3, "reason": dataset.rejected[1].reason}
     assert "no assistant turn" in dataset.rejected[1].reason
     with pytest.raises(DataError, match="every row is bad; the first is line 1: no assistant turn"):
@@ -166,7 +165,7 @@ def test_a_mix_has_its_proportions_and_is_a_function_of_the_seed(tmp_path: Path,
     two = write(tmp_path, "b.jsonl", *pairs(*map(str, range(30))))
 
     def lines(seed: int) -> list[str]:
-        mixed = load_dataset(f"{one}:0.7,{two}:0.3", renderer, 100, seed=seed)
+        mixed = load_dataset(f"{one}:0.7,{two}:0.3", renderer, 100, options=ReadOptions(seed=seed))
         return [str(e.source) for e in mixed.examples]
 
     found = lines(0)

@@ -32,7 +32,7 @@ def test_the_rows_that_the_readme_shows_are_read(tmp_path: Path) -> None:
     from likely.data.formats import read_conversations
 
     (tmp_path / "rows.jsonl").write_text(blocks("json")[0], encoding="utf-8")
-    assert len(read_conversations(tmp_path / "rows.jsonl")) == 2
+    assert len(read_conversations(tmp_path / "rows.jsonl")) == 6
 
 
 def test_make_targets_exist_and_make_their_own_environment() -> None:

@@ -49,19 +49,16 @@ def _joined(value: Any) -> Any:
     return ",".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
 
 
-def _a_day(value: Any) -> Any:
-    """YAML reads 2024-07-26 as a date."""
-    text = value.isoformat() if type(value) is datetime.date else value
-    if isinstance(text, str):
-        try:
-            datetime.date.fromisoformat(text)
-        except ValueError as error:
-            raise ValueError("write a date as YYYY-MM-DD") from error
-    return text
+def _a_day(value: str) -> str:
+    try:
+        datetime.date.fromisoformat(value)
+    except ValueError as error:
+        raise ValueError("write a date as YYYY-MM-DD") from error
+    return value
 
 
 DataFiles = Annotated[str, BeforeValidator(_joined), AfterValidator(_a_name)]
-Day = Annotated[str, BeforeValidator(_a_day)]
+Day = Annotated[str, AfterValidator(_a_day)]
 
 
 class Config(BaseModel):

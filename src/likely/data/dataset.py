@@ -123,14 +123,18 @@ def load_dataset(
     if not examples:
         raise _nothing_left(path, lengths, rejected)
     files = tuple(File(r.path, r.sha256, len(taken)) for r, taken in zip(readings, chosen, strict=True))
-    told = [line for reading in readings for line in reading.told()]
-    if len(files) > 1:
-        told.append("mixed: " + ", ".join(f"{file.rows:,} rows of {file.path}" for file in files))
-    told += [f"{path}: {line}" for line in (*renderer.told(), *lengths.told(max_length))]
+    told = _told(path, readings, files, [*renderer.told(), *lengths.told(max_length)])
     told += _told_rejected(rejected)
     return Dataset(
         path, files, tuple(conversations), tuple(examples), tuple(row_N), num_unweighted, tuple(told), rejected
     )
+
+
+def _told(path: str, readings: Iterable[Reading], files: tuple[File, ...], more: Iterable[str]) -> list[str]:
+    told = [line for reading in readings for line in reading.told()]
+    if len(files) > 1:
+        told.append("mixed: " + ", ".join(f"{file.rows:,} rows of {file.path}" for file in files))
+    return [*told, *(f"{path}: {line}" for line in more)]
 
 
 def _rendered(renderer: Renderer, conversation: Conversation, reading: Reading) -> list[Example]:
