@@ -20,6 +20,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from chatml import CHATML
 from likely.model.forward import LanguageModel, connect
 from likely.types import ROLES, Example, Source
 from naive import Row
@@ -162,12 +163,6 @@ def make_examples() -> Callable[[list[Row]], list[Example]]:
     return _make_examples
 
 
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _SENTENCES = [
     "system\nYou are a helpful assistant.",
     "user\nWhat is the capital of France?",

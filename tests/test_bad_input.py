@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from conftest import CHATML
+from chatml import CHATML
 from test_cli import Said, assert_refused, likely  # noqa: F401  (a fixture)
 
 Likely = Callable[..., Said]

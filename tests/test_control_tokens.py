@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import CHATML
+from chatml import CHATML
 from likely.data.encoding import ControlTokens, common_length
 from likely.data.render import Renderer, Supervision
 from likely.errors import DataError

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import CHATML
+from chatml import CHATML
 from likely.data.formats import parse_row, read_conversations
 from likely.data.packing import build_packs
 from likely.data.render import Renderer, Supervision, load_tokenizer

@@ -52,7 +52,9 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Tokenizer, anchors: Mapping[int, str], table: IntArray | None = None) -> None:
         self._tokenizer, self._anchors, self._table = tokenizer, dict(anchors), table
-        self._anchor_ids = np.array(sorted(self._anchors), np.int64)
+        size = max([tokenizer.get_vocab_size(with_added_tokens=True), *(i + 1 for i in self._anchors)])
+        self._is_anchor = np.zeros(size + len(self._anchors), bool)  # ids may have gaps
+        self._is_anchor[list(self._anchors)] = True
         self._cache: dict[str, Encoded] = {}
 
     def encode(self, text: str) -> Encoded:
@@ -61,8 +63,8 @@ class TextEncoder:
         offsets = np.array(found.offsets, np.int64).reshape(-1, 2)
         anchors = [
             int(i)
-            for i in np.flatnonzero(np.isin(ids_T, self._anchor_ids))
-            if text[offsets[i, 0] : offsets[i, 1]] == self._anchors[int(ids_T[i])]
+            for i in np.flatnonzero(self._is_anchor.take(ids_T, mode="clip"))
+            if text[offsets[i, 0] : offsets[i, 1]] == self._anchors.get(int(ids_T[i]))
         ]
         if self._table is not None:
             ids_T = self._table[ids_T]
