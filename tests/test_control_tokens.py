@@ -213,7 +213,10 @@ def odd_tokenizers() -> dict[str, Any]:
     digits.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"[\s\S]+"), "isolated"), pre_tokenizers.ByteLevel(True, use_regex=False)]
     )
+    overlapping = made()
+    overlapping.add_tokens([AddedToken("a<|x|>x", special=True, normalized=False)])
     return {
+        "overlapping": overlapping,
         "plain": made(),
         "left": made(lstrip=True),
         "right": made(rstrip=True),

@@ -104,10 +104,12 @@ class ControlTokens:
         texts = {t.content for t in added.values() if t.special} | named
         self._texts = sorted(texts, key=len, reverse=True)
         self._added = {t.content: int(i) for i, t in added.items()}
+        # One that stands inside another may be cut off by it, so it is no place to begin from.
+        everything = "\0".join(self._added)
         whole = {
-            i: t.content
-            for t, i in ((t, self._added[t.content]) for t in added.values())
-            if t.content in texts and not t.single_word
+            self._added[t.content]: t.content
+            for t in added.values()
+            if t.content in texts and not t.single_word and everything.count(t.content) == 1
         }
         self.pattern = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
         unthoughtful = [text for text in self._texts if text not in THOUGHT_MARKS]
