@@ -20,6 +20,7 @@ FIELDS = [
     "model",
     "data",
     "eval_data",
+    "eval_share",
     "output",
     "format",
     "columns",
@@ -175,7 +176,16 @@ def test_an_unknown_key_that_is_like_no_other_gets_the_list(key: Any) -> None:
     assert all(name in error.way_out for name in Config.model_fields)
 
 
-NUMBERS = ["epochs", "learning_rate", "warmup", "weight_decay", "max_grad_norm", "lora_alpha", "prompt_weight"]
+NUMBERS = [
+    "eval_share",
+    "epochs",
+    "learning_rate",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "lora_alpha",
+    "prompt_weight",
+]
 COUNTS = [
     "steps",
     "batch_size",
@@ -394,6 +404,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "model": TEXT | st.sampled_from(["yes", "null", "~", "1e3", "2024-01-01", "0o7", "a: b", "#", "'", " x ", "-"]),
     "data": TEXT,
     "eval_data": optional(TEXT),
+    "eval_share": st.just(0.0),
     "output": TEXT,
     "epochs": number(0, 1e9, exclude_min=True),
     "steps": optional(st.integers(1, 10**30)),

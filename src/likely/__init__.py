@@ -33,6 +33,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "ResourceError",
+    "check",
     "evaluate",
     "score",
     "train",
@@ -67,6 +68,26 @@ def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
         if stopped.signum == signal.SIGINT:
             raise KeyboardInterrupt(str(stopped)) from stopped
         raise SystemExit(stopped.exit_code) from stopped
+
+
+def check(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
+    """What training on a file would do, before any training, as ``likely check --json`` prints. Call it under
+    ``if __name__ == "__main__":`` in a script, as the rows are rendered in processes of their own.
+
+    Args:
+        **settings: any other field of :class:`likely.config.CheckSettings`, such as ``eval_data`` or ``max_length``.
+
+    Returns:
+        ``{"ok", "verdict", "wrong", "proof", "audit", ...}``; ``ok`` is False where training would be refused.
+
+    Raises:
+        LikelyError: of the kind that fits the fault.
+    """
+    from likely.config import CheckSettings, make_settings
+    from likely.examine import check as examine_check
+    from likely.training.log import Display
+
+    return examine_check(data, make_settings(CheckSettings, {"model": model, **settings}), Display(quiet=True))
 
 
 def score(*, model: str, data: str, base: str | None = None) -> Iterator[dict[str, Any]]:

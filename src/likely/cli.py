@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from pydantic import BaseModel
 
 from likely import __version__
 from likely.config import (
+    CheckSettings,
     Config,
     ExplainSettings,
     make_config,
@@ -28,7 +30,7 @@ from likely.config import (
     template_yaml,
 )
 from likely.credentials import redact
-from likely.errors import ConfigError, LikelyError, ResourceError, is_out_of_memory
+from likely.errors import ConfigError, DataError, LikelyError, ResourceError, is_out_of_memory
 from likely.stops import Stopped
 from likely.streams import lasting, silence
 
@@ -118,6 +120,31 @@ def train(
 
     result = run.train(checked, Display())
     _print_run(result.report, result.folder, as_json)
+
+
+@app.command("check")
+@_with_flags(CheckSettings)
+def check(
+    settings: dict[str, Any],
+    data: Data,
+    output: Annotated[Path | None, typer.Option("--output", help="HTML page to write")] = None,
+    as_json: Json = False,
+) -> None:
+    """What training on a file would do, row by row, and what to look at first; nothing is trained."""
+    asked = make_settings(CheckSettings, settings)
+    from likely import examine
+    from likely.insight.check_page import to_html, to_text
+    from likely.training.log import Display
+
+    if output is not None and output.exists() and not output.is_file():
+        raise ConfigError("this is no ordinary file", place=str(output), way_out="name another --output")
+    result = examine.check(data, asked, Display())
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    _print(json.dumps(result, ensure_ascii=False) if as_json else to_text(result, colour=colour))
+    if output is not None and "proof" in result:
+        _write(output, to_html(result))
+    if not result["ok"]:
+        raise DataError(result["verdict"].rstrip("."), place=data, way_out="mend or remove these rows")
 
 
 @app.command()
@@ -300,6 +327,17 @@ def _print_run(report: dict[str, Any], folder: Path, as_json: bool) -> None:
         _print(f"\ngreedy answers equal to the gold answer: {match['base']} -> {match['tuned']} of {match['of']}")
     _print(f"\n{report['verdict']}")
     _print(f"model: {folder / 'model'}   report: {folder / 'report.html'}")
+
+
+def _write(path: Path, text: str) -> None:
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise ResourceError(f"can't be written: {error.strerror or error}", place=str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _print(text: str) -> None:

@@ -69,6 +69,9 @@ class Config(BaseModel):
     model: Name = Field(description="Hugging Face folder, hub id, run folder, RUN@step-N or smollm2-135m")
     data: DataFiles = Field(description="training data: a file, a.jsonl,b.csv, or a mix as a.jsonl:0.7,b.csv:0.3")
     eval_data: DataFiles | None = Field(None, description="held-out data, scored before and after")
+    eval_share: Number = Field(
+        0.0, ge=0, lt=1, description="share of the training rows to hold out where no eval_data is given, by families"
+    )
     output: Annotated[Name, AfterValidator(_a_folder)] = Field(description="run folder to create")
 
     format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = Field(
@@ -135,12 +138,14 @@ class Config(BaseModel):
     def _no_idle_options(self) -> Config:
         if self.train_on == "all" and self.prompt_weight not in (0.0, 1.0):
             raise ValueError("train_on all already gives prompts weight 1; use train_on assistant with prompt_weight")
+        if self.eval_share and self.eval_data is not None:
+            raise ValueError("eval_share has no effect beside eval_data; remove one of them")
         if self.tune == "full" and self.lora_alpha is not None:
             raise ValueError("lora_alpha has no effect with tune full; remove it")
         if self.steps is not None and "epochs" in self.model_fields_set:
             raise ValueError("steps and epochs both say how long to train; give one of them")
-        if self.eval_every is not None and self.eval_data is None:
-            raise ValueError("eval_every has nothing to score without eval_data; give eval_data or remove it")
+        if self.eval_every is not None and self.eval_data is None and not self.eval_share:
+            raise ValueError("eval_every has nothing to score without eval_data or eval_share; give one or remove it")
         return self
 
     @property
@@ -173,6 +178,40 @@ class ExplainSettings(BaseModel):
         if self.distribution is not None and self.model is not None:
             raise ValueError("--distribution is looked at without a model; leave out --model")
         return self
+
+
+def _as_in_training(key: str) -> Any:
+    return Config.model_fields[key]
+
+
+class CheckSettings(BaseModel):
+    """What ``likely check`` is asked. Fields that a training has too mean the same there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: Name = _as_in_training("model")
+    eval_data: Name | None = Field(None, description="held-out data: looked for in the training data")
+    max_length: PositiveInt | None = _as_in_training("max_length")
+    train_on: Literal["assistant", "last_assistant", "all"] = _as_in_training("train_on")
+    prompt_weight: Number = _as_in_training("prompt_weight")
+    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = _as_in_training(
+        "format"
+    )
+    columns: str | None = _as_in_training("columns")
+    template: Literal["auto", "chat", "raw"] = _as_in_training("template")
+    template_date: Day = _as_in_training("template_date")
+    on_bad_row: Literal["error", "skip"] = _as_in_training("on_bad_row")
+    on_too_long: Literal["error", "drop", "truncate_left", "truncate_right"] = _as_in_training("on_too_long")
+    epochs: Number = _as_in_training("epochs")
+    steps: PositiveInt | None = _as_in_training("steps")
+    batch_size: PositiveInt = _as_in_training("batch_size")
+    pack_tokens: PositiveInt | None = _as_in_training("pack_tokens")
+    tune: Literal["full", "lora"] = _as_in_training("tune")
+    lora_rank: PositiveInt = _as_in_training("lora_rank")
+    dtype: Literal["auto", "float32", "bfloat16"] = _as_in_training("dtype")
+    seed: int = _as_in_training("seed")
+    show: str | None = Field(None, description="show this row instead of three: its line, or file:line")
+    processes: PositiveInt | None = Field(None, description="worker processes [one for each processor]")
 
 
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -290,8 +329,10 @@ def stored_values(values: dict[str, Any]) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The config as YAML that :func:`read_yaml` and :func:`make_config` turn into the same config."""
-    rival = {"epochs"} if config.steps is not None else set()
-    return yaml.safe_dump(config.model_dump(exclude=rival), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(exclude={"epochs"} if config.steps is not None else set())
+    # YAML takes these for ends of lines unless they are written as escapes.
+    breaks = any(mark in str(value) for value in values.values() for mark in "\x85\u2028\u2029")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=not breaks)
 
 
 def template_yaml() -> str:

@@ -17,6 +17,7 @@ from likely.data.formats import ReadOptions, parse_columns
 from likely.data.mixture import absolute_parts
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, Supervision, load_tokenizer
+from likely.data.split import hold_out
 from likely.data.trie import entropy_floor
 from likely.errors import ConfigError, LikelyError, ResourceError, is_out_of_memory
 from likely.insight import evaluate as evaluation
@@ -26,7 +27,7 @@ from likely.journal import Journal
 from likely.model import load as models
 from likely.model.forward import LanguageModel
 from likely.model.generate import greedy_answers
-from likely.model.place import Place, check_token_ids, find_model, read_context_length
+from likely.model.place import Place, check_token_ids, choose_max_length, find_model
 from likely.training import engine
 from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint, saved_steps
 from likely.training.log import Display, MetricsFile
@@ -130,12 +131,7 @@ def _read_inputs(config: Config, display: Display) -> _Inputs:
     tokenizer = load_tokenizer(place.tokenizer)
     supervision = Supervision(config.train_on, config.prompt_weight)
     renderer = Renderer(tokenizer, supervision, config.template, config.template_date)
-    context = read_context_length(place)
-    limit = config.max_length or context
-    if limit > context:
-        raise ConfigError(
-            f"max_length {limit} is over the model's context of {context} tokens", way_out=f"use at most {context}"
-        )
+    limit = choose_max_length(place, config.max_length)
     columns = parse_columns(config.columns) if config.columns is not None else {}
     options = ReadOptions(config.format, columns, config.on_bad_row == "skip", config.seed)
 
@@ -154,6 +150,10 @@ def _read_inputs(config: Config, display: Display) -> _Inputs:
             display.say(f"{dataset.path}: {dataset.num_unweighted} examples have weight 0 throughout and are left out")
     if eval_data and eval_data.sha256 == data.sha256:
         display.say(f"{eval_data.path} is the training data itself: its figures say nothing about new examples")
+    if config.eval_share:
+        data, eval_data = hold_out(data, config.eval_share, config.seed, judge)
+        rows = [len(dataset.conversations) for dataset in (data, eval_data)]
+        display.say(f"{config.data}: {rows[1]} of {sum(rows)} rows are held out, whole families of them")
     longest = max((e for d in (data, eval_data) if d for e in d.examples), key=lambda e: len(e.token_ids_T))
     num_longest = len(longest.token_ids_T)
     if config.pack_tokens is not None and config.pack_tokens < num_longest:

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ def run_in_child(run: Path, chosen: dict[str, Any]) -> int:
         code = 0
     except (SystemExit, KeyboardInterrupt) as ended:
         code = 143 if isinstance(ended, SystemExit) else 130
+    except stops.Stopped as stopped:
+        code = stopped.exit_code
+    except BaseException:
+        traceback.print_exc(file=sys.__stderr__)
     finally:
         os._exit(code)
 

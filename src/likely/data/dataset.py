@@ -12,6 +12,7 @@ import numpy as np
 from likely.data.formats import Reading, ReadOptions, Rejected
 from likely.data.lengths import LengthCounts, OnTooLong, fit
 from likely.data.mixture import choose_rows, parse_parts
+from likely.data.proof import prove_stops
 from likely.data.render import Renderer
 from likely.errors import DataError
 from likely.types import ROLES, Conversation, Example, IntArray
@@ -139,7 +140,9 @@ def _told(path: str, readings: Iterable[Reading], files: tuple[File, ...], more:
 
 def _rendered(renderer: Renderer, conversation: Conversation, reading: Reading) -> list[Example]:
     try:
-        return renderer.render(conversation)
+        examples = renderer.render(conversation)
+        prove_stops(conversation, examples, renderer)
+        return examples
     except DataError as error:
         if not reading.options.skip_bad_rows:
             raise

@@ -85,7 +85,7 @@ class Reading:
         found = False
         for row, source in self._rows:
             try:
-                conversation = self._parse(row, source)
+                conversation = self.parse(row, source)
             except DataError as error:
                 if not self.options.skip_bad_rows:
                     raise
@@ -97,7 +97,12 @@ class Reading:
             message = f"every row is bad ({len(self.rejected)})" if self.rejected else "the file has no rows"
             raise DataError(message, place=self.path, way_out=f"write {WRITE}, one a line")
 
-    def _parse(self, row: Any, source: Source) -> Conversation:
+    def parse(self, row: Any, source: Source) -> Conversation:
+        """One decoded row, counted.
+
+        Raises:
+            DataError: the row is wrong, whatever the options say.
+        """
         if self.options.columns:
             row = _mapped(row, self.options.columns, source)
         shape = shape_of(row, source, self.options.format)

@@ -5,6 +5,7 @@ is four bytes of length (big-endian) and that many bytes of JSON:
 
     {"define": id, "templates": {name: source}, "variables": {...}, "date": "2024-07-26"}      -> {} or a problem
     {"use": id, "template": name, "messages": [...], "tools": [...] or null, "asks": [...]}    -> {"texts": [...]}
+    {"rows": [frames like the one above]}                                                       -> {"rows": [answers]}
 
 An ask is ``[end, with the generation prompt, index of a message whose content is replaced or -1]``. A text is a string,
 or the number of its characters where it is a prefix of the first one, or a problem:
@@ -112,6 +113,8 @@ class Templates:
                 compiled = {name: environment.from_string(source) for name, source in frame["templates"].items()}
                 self._defined[frame["define"]] = (compiled, frame["variables"])
                 return {}
+            if "rows" in frame:
+                return {"rows": [self.answer(row) for row in frame["rows"]]}
             return {"texts": self._texts(frame)}
         except Exception as error:
             return problem(error)
@@ -163,7 +166,7 @@ def main() -> None:
     templates = Templates()
     while head := sys.stdin.buffer.read(4):
         frame = json.loads(sys.stdin.buffer.read(struct.unpack(">I", head)[0]))
-        limit_time(len(frame.get("asks", ())))
+        limit_time(sum(len(row.get("asks", ())) for row in frame.get("rows", [frame])))
         raw = json.dumps(templates.answer(frame), separators=(",", ":")).encode()
         sys.stdout.buffer.write(struct.pack(">I", len(raw)) + raw)
         sys.stdout.buffer.flush()

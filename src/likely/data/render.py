@@ -127,17 +127,54 @@ class Renderer:
             DataError: what is supervised can't be proved for this row.
             ModelError: the tokenizer's template can't be used at all.
         """
+        return self._render_planned(conversation, None)
+
+    def render_many(self, conversations: Sequence[Conversation]) -> list[list[Example] | DataError]:
+        """:meth:`render` of each, faster: the template is asked about all of them at once. What would be raised for a
+        row stands in its place.
+
+        Raises:
+            ModelError: the tokenizer's template can't be used at all.
+        """
+        planned: list[tuple[Row, list[int]] | None] = []
+        for conversation in conversations:
+            try:
+                planned.append(self._plan(conversation))
+            except (DataError, RecursionError):  # to be raised again, in its turn
+                planned.append(None)
+        self._writer.fetch([plan[0] for plan in planned if plan])
+        results: list[list[Example] | DataError] = []
+        for conversation, plan in zip(conversations, planned, strict=True):
+            try:
+                results.append(self._render_planned(conversation, plan))
+            except DataError as error:
+                results.append(error)
+        return results
+
+    def _render_planned(self, conversation: Conversation, plan: tuple[Row, list[int]] | None) -> list[Example]:
         if conversation.tokens is not None:
             return [self._render_tokens(conversation)]
         try:
-            return self._render(conversation)
+            return self._render(conversation, plan or self._plan(conversation))
         except RecursionError as error:
             way_out = "flatten its tools or fields"
             raise DataError("nested too deeply", place=str(conversation.source), way_out=way_out) from error
 
-    def _render(self, conversation: Conversation) -> list[Example]:
+    def _plan(self, conversation: Conversation) -> tuple[Row, list[int]] | None:
+        """The row with what is to be asked of the template, and the turns to prove; None for a row of tokens."""
+        if conversation.tokens is not None:
+            return None
         self._check(conversation)
         row = self._writer.row(conversation)
+        turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
+        if self.supervision.train_on == "last_assistant":
+            turns = turns[-1:]
+        if self.has_template and not (conversation.plain and len(conversation.messages) == 1):
+            row.plan(turns, len(conversation.messages) if self.supervision.train_on == "all" else turns[-1] + 1)
+        return row, turns
+
+    def _render(self, conversation: Conversation, plan: Any) -> list[Example]:
+        row, turns = plan
         if conversation.plain and len(conversation.messages) == 1:
             return [self._render_text(row)]
         if conversation.plain and not self.has_template:
@@ -145,10 +182,7 @@ class Renderer:
             return [self._render_plain(row)]
         if conversation.plain:
             self.notes["rows of prompt and completion go through the chat template, as user and assistant"] += 1
-        turns = [i for i, m in enumerate(conversation.messages) if m.role == "assistant"]
-        if self.supervision.train_on == "last_assistant":
-            turns = turns[-1:]
-        end = len(conversation.messages) if self.supervision.train_on == "all" else turns[-1] + 1
+        end = row.end
         row.write(turns, end)
         spans = [self._prove(row, i) for i in turns]
         whole = row.whole.ids_T

@@ -15,16 +15,15 @@ from likely.types import ROLES, Message
 Texts = Callable[[Sequence[Ask]], list[str | Problem]]
 
 
-def roles_of_tokens(
-    messages: Sequence[Message], text: str, encoded: Encoded, texts_of: Texts, readable: Callable[[str], str]
-) -> Any:
-    """For each token the index into ROLES of its message: up to the end of what the message says and of what the
+def ends_of_messages(
+    messages: Sequence[Message], text: str, texts_of: Texts, readable: Callable[[str], str]
+) -> list[int]:
+    """Where each message ends in ``text``, what the template writes for them: behind what the message says and what the
     template closes it with.
 
     Args:
-        text: what the template writes for ``messages``; ``encoded`` are its tokens.
         texts_of: the template's texts for other asks about the same messages.
-        readable: a template's text -> the form that ``encoded`` has.
+        readable: a template's text -> the form in which it is tokenised, which the ends are meant for.
     """
     shorter = texts_of([Ask(i + 1) for i in range(len(messages) - 1)])
     ends: list[int] = []
@@ -39,8 +38,11 @@ def roles_of_tokens(
         else:
             end = _end_by_replacing(i, text, texts_of, len(messages), before)
         ends.append(end)
-    if readable(text) != text:
-        ends = [len(readable(text[:end])) for end in ends]
+    return [len(readable(text[:end])) for end in ends] if readable(text) != text else ends
+
+
+def roles_of_tokens(messages: Sequence[Message], ends: Sequence[int], encoded: Encoded) -> Any:
+    """For each token the index into ROLES of its message."""
     message_T = np.searchsorted(np.maximum.accumulate(ends), encoded.end_T).clip(max=len(messages) - 1)
     return np.array([ROLES.index(m.role) for m in messages], np.int8)[message_T]
 

@@ -74,11 +74,9 @@ class ChatTemplate:
             ModelError: the template is broken: no valid template, or it takes too much time, memory or output.
         """
         child = _running()
-        name = "tool_use" if tools and "tool_use" in self.sources else "default"
         try:
             self._define(child)
-            frame = {"use": self._id, "template": name, "messages": list(messages), "tools": list(tools) or None}
-            answer = child.ask({**frame, "asks": asks}, len(asks))
+            answer = child.ask(self._frame(messages, tools, asks), len(asks))
         except RecursionError:
             return [Problem("failed", "nested too deeply") for _ in asks]
         except _Died as error:
@@ -86,16 +84,41 @@ class ChatTemplate:
             raise _broken(str(error)) from error
         if "texts" not in answer:
             return [Problem(**answer) for _ in asks]
-        first = answer["texts"][0]
-        texts: list[str | Problem] = []
-        for text in answer["texts"]:
-            if isinstance(text, dict):
-                if text["kind"] == "broken":
-                    raise _broken(text["message"])
-                texts.append(Problem(**text))
-            else:
-                texts.append(first[:text] if isinstance(text, int) else text)
+        texts = _texts_of(answer)
+        broken = next((text for text in texts if isinstance(text, Problem) and text.kind == "broken"), None)
+        if broken:
+            raise _broken(broken.message)
         return texts
+
+    def texts_of_rows(
+        self, rows: Sequence[tuple[Sequence[Any], Sequence[Any], Sequence[Ask]]]
+    ) -> list[list[str | Problem] | None]:
+        """:meth:`texts` of many ``(messages, tools, asks)`` with one question, which is much cheaper; None for each row
+        that had better be asked about by itself, to hear what is wrong with it."""
+        child = _running()
+        try:
+            self._define(child)
+            frames = [self._frame(*row) for row in rows]
+            answers = child.ask({"rows": frames}, sum(len(asks) for *_, asks in rows)).get("rows", [])
+        except (RecursionError, ModelError):
+            answers = []
+        except _Died:
+            child.stop()
+            answers = []
+        if len(answers) != len(rows):
+            return [None] * len(rows)
+        texts = [_texts_of(answer) if "texts" in answer else None for answer in answers]
+        return [None if t is None or any(isinstance(text, Problem) for text in t) else t for t in texts]
+
+    def _frame(self, messages: Sequence[Any], tools: Sequence[Any], asks: Sequence[Ask]) -> dict[str, Any]:
+        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        return {
+            "use": self._id,
+            "template": name,
+            "messages": list(messages),
+            "tools": list(tools) or None,
+            "asks": asks,
+        }
 
     def _define(self, child: _Child) -> None:
         if self._id not in child.defined:
@@ -105,6 +128,14 @@ class ChatTemplate:
             if answer:
                 raise _broken(answer["message"])
             child.defined.add(self._id)
+
+
+def _texts_of(answer: dict[str, Any]) -> list[str | Problem]:
+    first = answer["texts"][0]
+    return [
+        Problem(**text) if isinstance(text, dict) else first[:text] if isinstance(text, int) else text
+        for text in answer["texts"]
+    ]
 
 
 def _broken(message: str) -> ModelError:

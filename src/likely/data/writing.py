@@ -6,6 +6,7 @@ tokenised as the text that it is. That the template would have written the same 
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,10 +15,12 @@ from typing import Any
 
 from likely.data.dialect import THOUGHT_KEYS, Dialect
 from likely.data.encoding import ControlTokens, Encoded, TextEncoder, has_stand_in
-from likely.data.roles import roles_of_tokens
+from likely.data.roles import ends_of_messages, roles_of_tokens
 from likely.data.template import Ask, ChatTemplate, Problem
 from likely.errors import DataError, ModelError
 from likely.types import Conversation, IntArray
+
+MAX_CHARS_AT_ONCE = 1 << 20
 
 
 class Writer:
@@ -69,12 +72,38 @@ class Writer:
             self, replace(conversation, messages=messages, tools=tuple(hidden(conversation.tools))), conversation
         )
 
+    def fetch(self, rows: Sequence[Row]) -> None:
+        """Ask for the planned texts of many rows at once. A row of which something must be said asks for itself."""
+        waiting: list[Row] = []
+        size = 0
+        for row in rows:
+            if row.planned and not row.escaped:
+                waiting.append(row)
+                size += row.num_chars
+            if size > MAX_CHARS_AT_ONCE:
+                self._fetch(waiting)
+                waiting, size = [], 0
+        if waiting:
+            self._fetch(waiting)
+
+    def _fetch(self, rows: Sequence[Row]) -> None:
+        asked, answered = [], []
+        for row in rows:
+            with contextlib.suppress(DataError):  # the row will say it again when its turn comes
+                asked.append((row, row.question))
+        for (row, (_, _, asks)), texts in zip(
+            asked, self.template.texts_of_rows([question for _, question in asked]), strict=True
+        ):
+            if texts is not None:
+                answered.append((row, asks, texts))
+        # What is asked for first is the longest.
+        longest = [str(texts[0]) for *_, texts in answered]
+        for (row, asks, texts), whole in zip(answered, self.controls.encoder.encode_many(longest), strict=True):
+            row.accept(asks, texts, whole)
+
 
 class Row:
-    """One conversation on its way. ``escaped`` says that ``conversation`` is not quite the ``original``; ``whole`` are
-    the tokens of the longest text that was asked for."""
-
-    whole: Encoded
+    """One conversation on its way. ``escaped`` says that ``conversation`` is not quite the ``original``."""
 
     def __init__(self, writer: Writer, conversation: Conversation, original: Conversation) -> None:
         self.conversation, self.original = conversation, original
@@ -82,13 +111,54 @@ class Row:
         self.source = original.source
         self._writer = writer
         self._texts: dict[Ask, str | Problem] = {}
+        self._asks: list[Ask] = []
+        self._whole: Encoded | None = None
+
+    def plan(self, turns: Sequence[int], end: int, *, with_prompt: bool = False) -> None:
+        """Which texts are needed: all for a proof of these turns, and those that show where messages end."""
+        self.first = Ask(end, with_prompt)
+        needed = [self.first, *(ask for i in turns for ask in (Ask(i, with_prompt=True), Ask(i + 1)))]
+        self._asks = list(dict.fromkeys([*needed, *(Ask(i + 1) for i in range(end - 1))]))
+
+    @property
+    def planned(self) -> bool:
+        return bool(self._asks)
+
+    @property
+    def end(self) -> int:
+        """How many messages are written."""
+        return self.first.end
+
+    @property
+    def num_chars(self) -> int:
+        return sum(len(m.content or "") for m in self.conversation.messages)
+
+    @property
+    def question(self) -> tuple[list[dict[str, Any]], Sequence[Any], list[Ask]]:
+        """Messages, tools and asks of what was planned.
+
+        Raises:
+            DataError: the template has no words for some message.
+        """
+        return self._spoken, self.conversation.tools, self._asks
+
+    def accept(self, asks: Sequence[Ask], texts: Sequence[str | Problem], whole: Encoded | None = None) -> None:
+        """The template's texts for some asks, and the tokens of the longest."""
+        self._texts |= zip(asks, texts, strict=True)
+        self._whole = whole
 
     def write(self, turns: Sequence[int], end: int, *, with_prompt: bool = False) -> None:
-        """Ask for every text that a proof of these turns needs, and for those that show where messages end."""
-        first = Ask(end, with_prompt)
-        needed = [first, *(ask for i in turns for ask in (Ask(i, with_prompt=True), Ask(i + 1)))]
-        self._fetch(list(dict.fromkeys([*needed, *(Ask(i + 1) for i in range(end - 1))])))
-        self.whole = self.encode(self.text(first))
+        """Plan, and get the texts if they aren't here yet."""
+        self.plan(turns, end, with_prompt=with_prompt)
+        if self.first not in self._texts:
+            self._fetch(self._asks)
+
+    @property
+    def whole(self) -> Encoded:
+        """The tokens of the longest text that was asked for."""
+        if self._whole is None:
+            self._whole = self.encode(self.text(self.first))
+        return self._whole
 
     def text(self, ask: Ask) -> str:
         """What the template writes.
@@ -170,8 +240,12 @@ class Row:
     def roles(self, end: int) -> Any:
         """For each token of the first ``end`` messages, the role that it belongs to: int8 indices into ROLES."""
         text = self.text(Ask(end))
-        encoded = self.whole if self._readable(text) == self.whole.text else self.encode(text)
-        return roles_of_tokens(self.conversation.messages[:end], text, encoded, self._texts_of, self._readable)
+        messages = self.conversation.messages[:end]
+        ends = ends_of_messages(messages, text, self._texts_of, self._readable)
+        encoded = self.whole
+        if self._readable(text) != encoded.text or not encoded.knows(ends):
+            encoded = self.encode(text)
+        return roles_of_tokens(messages, ends, encoded)
 
     def lost(self, turn: int, text: str) -> str:
         """What an answer says and its ``text`` does not; empty where all is there."""

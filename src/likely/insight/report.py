@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,16 +10,15 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from markupsafe import Markup
 
 from likely import storage
 from likely.insight.evaluate import Delta, Evaluation
 from likely.insight.lens import Lens
+from likely.insight.pictures import AFTER, BEFORE, draw_svg
 from likely.types import FloatArray, StepMetrics
 
 FEW_EXAMPLES = 20  # below, a percentile bootstrap covers clearly less than it says
 SEEN = " The held-out data is the training data, so this says nothing about new examples."
-BEFORE, AFTER = "#b35806", "#2166ac"  # orange and blue: told apart by every kind of colour vision
 
 
 @dataclass(frozen=True)
@@ -109,33 +106,14 @@ def render_html(report: Report) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("likely.insight", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    pictures = {"curve": _svg(_draw_curve, report)}
+    pictures = {"curve": draw_svg(_draw_curve, report)}
     if report.lens:
-        pictures["lens"] = _svg(_draw_lens, report)
+        pictures["lens"] = draw_svg(_draw_lens, report)
     if len(report.nll_before) > 1:
-        pictures["scatter"] = _svg(_draw_scatter, report)
+        pictures["scatter"] = draw_svg(_draw_scatter, report)
     return environment.get_template("report.html.j2").render(
         report=report, pictures=pictures, before=BEFORE, after=AFTER, exact_match=report.exact_match
     )
-
-
-def _svg(draw: Any, report: Report) -> Markup:
-    """An inline SVG of a matplotlib figure; its text stays text, so it can be read aloud and searched."""
-    import matplotlib  # noqa: PLC0415  (a second of start-up that only a report needs)
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
-    with (
-        warnings.catch_warnings(),
-        matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "likely", "font.family": "sans-serif"}),
-    ):
-        # Text stays text: the reader's fonts draw it, and matplotlib's only measure it.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        figure = Figure(figsize=(7.2, 3.4), layout="constrained")
-        draw(figure, report)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    svg = buffer.getvalue()
-    return Markup(svg[svg.index("<svg") :])  # noqa: S704  (drawn here; matplotlib escapes text)
 
 
 def _draw_curve(figure: Any, report: Report) -> None:

@@ -226,3 +226,17 @@ def context_length(config: Any) -> int:
             original = parameters.get("original_max_position_embeddings")
             lengths.append(original or getattr(config, "original_max_position_embeddings", None) or lengths[0])
     return int(min(lengths))
+
+
+def choose_max_length(place: Place, wanted: int | None) -> int:
+    """The longest example allowed: what is wanted, or the model's context.
+
+    Raises:
+        ConfigError: more is wanted than the model's context holds.
+    """
+    context = read_context_length(place)
+    if wanted is not None and wanted > context:
+        raise ConfigError(
+            f"max_length {wanted} is over the model's context of {context} tokens", way_out=f"use at most {context}"
+        )
+    return wanted or context

@@ -93,6 +93,27 @@ class Display:
                 progress.advance(task)
 
     @contextmanager
+    def counting(self, title: str, total: int | None, unit: str) -> Iterator[Callable[[int], None]]:
+        """A bar for many small things, with rate and time left; call the result with how many more are done."""
+        done, started = 0, time.monotonic()
+        last_line = started
+        with self._progress() as progress:
+            task = progress.add_task(title, total=total, note="")
+
+            def advance(number: int) -> None:
+                nonlocal done, last_line
+                done += number
+                now = time.monotonic()
+                rate = done / max(now - started, 1e-9)
+                progress.update(task, advance=number, note=f"{rate:,.0f} {unit}/s")
+                if not self.console.is_terminal and now - last_line > SECONDS_BETWEEN_LINES:
+                    last_line = now
+                    left = f"  {max(total - done, 0) / rate:.0f} s left" if total else ""
+                    self.say(f"{title}: {done:,} of {total or '?'} {unit}  {rate:,.0f} {unit}/s{left}")
+
+            yield advance
+
+    @contextmanager
     def training(self, num_steps: int, steps_done: int = 0) -> Iterator[Callable[[StepMetrics], None]]:
         """A bar for the steps, with NLL per token, tokens/s and time left; call the result after each step."""
         tokens = seconds = last_line = 0.0

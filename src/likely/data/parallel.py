@@ -1,0 +1,86 @@
+"""Work on the rows of a file in several processes, with the results in the file's order.
+
+Rows are read by one process and rendered, which is nearly all of the work, by the others. No more than a few batches
+are on their way at any time, so memory does not grow with the file.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import TypeVar
+
+from likely.errors import ResourceError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+BATCHES_PER_PROCESS = 3  # one at work, one waiting, one on its way back
+
+
+class Workers:
+    """Processes started afresh, without torch; use it as a context.
+
+    Args:
+        num_processes: how many; the processors this process may use where None.
+    """
+
+    def __init__(self, num_processes: int | None = None) -> None:
+        # Not every system can say which processors a process may use.
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self.num_processes = num_processes or allowed or 1
+        self._pool = ProcessPoolExecutor(
+            self.num_processes,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start,
+        )
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """``work(item)`` of every item, in order; an error of one is raised in its place. ``work`` is a function of a
+        module, perhaps with arguments bound by ``functools.partial``.
+
+        Raises:
+            ResourceError: a process died, as one does that the system has no memory for.
+        """
+        items, waiting = iter(items), deque[Future[Result]]()
+        try:
+            while True:
+                missing = self.num_processes * BATCHES_PER_PROCESS - len(waiting)
+                waiting.extend(self._pool.submit(work, item) for item in islice(items, missing))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise ResourceError(
+                "a worker process died or could not start",
+                way_out="free some memory; a script that calls this needs if __name__ == '__main__': around the call",
+            ) from error
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of ``size`` items, the last one perhaps shorter."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def _start() -> None:
+    # An interrupt is the parent's to handle; a worker would only add its traceback.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # One process for each processor is enough of threads.
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
+    # transformers imports torch wherever it is installed. Nothing here is computed with it, and it would cost every
+    # worker two seconds and 300 MB, so in these processes it is as if it were not installed.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]

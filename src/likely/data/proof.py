@@ -1,0 +1,53 @@
+"""What a row will be trained on, counted from its examples alone, whatever made them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from likely.data.render import Renderer, Supervision
+from likely.errors import DataError
+from likely.types import ROLES, Conversation, Example
+
+ASSISTANT = ROLES.index("assistant")
+
+
+def count_stops(examples: Sequence[Example], stop_id: int) -> int:
+    """Trained end-of-turn tokens of the assistant's turns."""
+    return sum(int(((e.token_ids_T == stop_id) & (e.weights_T > 0) & (e.role_T == ASSISTANT)).sum()) for e in examples)
+
+
+def count_turns(conversation: Conversation, supervision: Supervision) -> int:
+    """Assistant turns that have weight; a row of ready token ids has none that could be told."""
+    turns = [m.weight for m in conversation.messages if m.role == "assistant"]
+    if supervision.train_on == "last_assistant":
+        turns = [supervision.prompt_weight] * (len(turns) - 1) + turns[-1:]
+    return sum(weight > 0 for weight in turns)
+
+
+def prove_stops(conversation: Conversation, examples: Sequence[Example], renderer: Renderer) -> None:
+    """Each assistant turn that is learnt is learnt with its end: a model that never sees one never stops.
+
+    Raises:
+        DataError: the trained end-of-turn tokens are not as many as the trained turns.
+    """
+    if conversation.tokens is not None:
+        return
+    stops = count_stops(examples, renderer.end_of_turn.token_id)
+    turns = count_turns(conversation, renderer.supervision)
+    if stops != turns:
+        raise DataError(
+            f"{turns} assistant turns are trained, but {stops} end-of-turn tokens",
+            place=str(conversation.source),
+            way_out="remove end-of-turn tokens from the text, or fix the chat template",
+        )
+
+
+def leading(example: Example, token_id: int | None) -> int:
+    """How many times a token, such as the beginning-of-text one, stands at the start; the template may add it once and
+    the tokenizer again."""
+    if token_id is None or not len(example.token_ids_T):
+        return 0
+    other = np.flatnonzero(example.token_ids_T != token_id)
+    return int(other[0]) if len(other) else len(example.token_ids_T)

@@ -1,0 +1,272 @@
+"""The facts of a data file -> what training on it would do, and what a careful reader would change first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from likely.data.audit import KINDS
+from likely.data.duplicates import groups_of, near_pairs, similarity
+from likely.data.language import LANGUAGES
+from likely.data.survey import MOST_LISTED, Facts
+from likely.types import ROLES
+
+FAR = 6.0  # robust standard deviations
+RARE = 0.01  # share of rows
+FEWEST = 50  # rows below which nothing is called rare or far
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one kind of finding. ``rows`` are (line, detail), at most MOST_LISTED of ``count``."""
+
+    kind: str
+    count: int
+    advice: str
+    rows: tuple[tuple[int, str], ...]
+
+    def to_dict(self, path: str) -> dict[str, Any]:
+        rows = [{"source": f"{path}:{line}", "detail": detail} for line, detail in self.rows]
+        return {"count": self.count, "advice": self.advice, "rows": rows}
+
+
+def prove(facts: Facts, max_length: int) -> dict[str, Any]:
+    """The proof of what is trained, over all rows; counts are of tokens where not said otherwise."""
+    length, trained = facts.array("length_M"), facts.array("trained_M")
+    bos = np.bincount(np.minimum(facts.array("bos_M"), 2), minlength=3).tolist()
+    roles = {
+        role: {"tokens": int(tokens), "trained": int(supervised), "weight": float(weight)}
+        for role, (tokens, supervised, weight) in zip(ROLES, facts.tokens, strict=True)
+        if tokens
+    }
+    return {
+        "tokens": {"all": int(length.sum()), "trained": int(trained.sum()), "per_role": roles},
+        "assistant_turns": facts.turns,
+        "stop_tokens_trained": facts.stops,
+        "stop_share": facts.stops / facts.turns if facts.turns else None,
+        "prompts_equal_to_inference": facts.turns,
+        "examples_by_leading_bos": {"0": bos[0], "1": bos[1], "2 or more": bos[2]},
+        "refused": {"rows": facts.counts["refused"], "listed": facts.refused},
+        "nothing_to_train": int((trained == 0).sum()),
+        "over_length": over_length(facts, max_length),
+    }
+
+
+def over_length(facts: Facts, max_length: int) -> dict[str, Any]:
+    """How many examples are too long and what each policy would do with them."""
+    length, trained = facts.array("length_M"), facts.array("trained_M")
+    over = (length > max_length) & (trained > 0)
+    lines = facts.array("line_R")[facts.array("row_of_M")[over]]
+    keep_start, keep_end = facts.array("keep_start_M")[over], facts.array("keep_end_M")[over]
+    num_over, lost = int(over.sum()), int(trained[over].sum())
+    return {
+        "limit": max_length,
+        "longest": int(length.max(initial=0)),
+        "examples": num_over,
+        "policies": {
+            "error": f"training is refused ({num_over} examples)" if num_over else "nothing to refuse",
+            "drop": {"examples_left": int((trained > 0).sum()) - num_over, "trained_tokens_lost": lost},
+            "truncate_right": {
+                "trained_tokens_lost": lost - int(keep_start.sum()),
+                "stop_tokens_lost": int(facts.array("no_stop_M")[over].sum()),
+                "left_without_training": int((keep_start == 0).sum()),
+            },
+            "truncate_left": {
+                "trained_tokens_lost": lost - int(keep_end.sum()),
+                "stop_tokens_lost": 0,
+                "left_without_training": int((keep_end == 0).sum()),
+            },
+        },
+        "listed": {
+            int(line): f"{int(tokens)} tokens"
+            for line, tokens in sorted(zip(lines, length[over], strict=True), key=lambda row: -row[1])[:MOST_LISTED]
+        },
+    }
+
+
+def wrongs(proof: dict[str, Any], *, on_bad_row: str = "error", on_too_long: str = "error") -> list[str]:
+    """Why training would be wrong or is refused; empty where it may go on. What the user chose to leave out or to cut
+    is no reason."""
+    found = []
+    if proof["refused"]["rows"] and on_bad_row == "error":
+        found.append(f"{proof['refused']['rows']} rows are refused")
+    over = proof["over_length"]
+    if over["examples"] and on_too_long == "error":
+        found.append(f"{over['examples']} examples are over the limit of {over['limit']} tokens")
+    if proof["stop_tokens_trained"] != proof["assistant_turns"]:
+        found.append(f"{proof['assistant_turns'] - proof['stop_tokens_trained']} turns are trained without their end")
+    if not proof["tokens"]["trained"]:
+        found.append("nothing is trained")
+    return found
+
+
+def verdict(wrong: list[str], tables: dict[str, Table]) -> str:
+    """One sentence: may training go on, and what should be looked at first."""
+    if wrong:
+        return f"Training would be wrong: {'; '.join(wrong)}."
+    noted = ", ".join(f"{table.count} {table.kind}" for table in tables.values() if table.count)
+    return f"Every row can be trained on exactly as shown. Worth a look: {noted or 'nothing'}."
+
+
+def histogram(facts: Facts, max_length: int, num_bins: int = 40) -> dict[str, Any]:
+    """Examples by length in tokens: ``counts[i]`` of them from ``edges[i]`` to below ``edges[i + 1]``."""
+    length = facts.array("length_M")
+    top = int(length.max(initial=1)) + 1
+    width = max(1, -(-top // num_bins))
+    counts, edges = np.histogram(length, bins=np.arange(0, top + width, width))
+    return {"edges": edges.tolist(), "counts": counts.tolist(), "limit": max_length}
+
+
+def audit(facts: Facts, held_out: Facts | None = None) -> dict[str, Table]:
+    """Every table of the audit, the most important first; empty ones too, so that zero can be seen."""
+    tables = [
+        *(_overlap(facts, held_out) if held_out is not None else ()),
+        _several_answers(facts),
+        *_duplicates(facts),
+        *(_found(facts, kind) for kind in KINDS),
+        _languages(facts),
+        _sizes(facts),
+    ]
+    return {table.kind: table for table in tables}
+
+
+def likelihood_floor(facts: Facts) -> dict[str, float]:
+    """What no model can go below on this data: where one context has several answers, with weights w of W in all, their
+    likelihood is at best that of drawing them in proportion, ``sum w log(W / w)`` nats (Gibbs' inequality)."""
+    nats, weight = _answer_entropy(facts), float(facts.tokens[:, 2].sum())
+    return {"nats": nats, "nats_per_token": nats / weight if weight else 0.0}
+
+
+def _answer_entropy(facts: Facts) -> float:
+    _, context, pair = _contexts(facts)
+    weight_K = facts.array("weight_K")
+    if not len(weight_K):
+        return 0.0
+    pair_weight = np.bincount(pair, weights=weight_K)
+    context_weight = np.bincount(context, weights=weight_K)
+    return float((weight_K * np.log(context_weight[context] / pair_weight[pair])).sum())
+
+
+def _contexts(facts: Facts) -> tuple[Any, Any, Any]:
+    """For each trained turn: how many different answers its context has, the context's number, the answer's number."""
+    context = np.unique(facts.array("context_K"), return_inverse=True)[1]
+    said = np.unique(facts.array("said_K"), return_inverse=True)[1]
+    pair_keys, pair = np.unique(context.astype(np.int64) * (len(said) + 1) + said, return_inverse=True)
+    different = np.bincount(pair_keys // (len(said) + 1), minlength=int(context.max(initial=-1)) + 1)
+    return different[context] if len(context) else different, context, pair
+
+
+def _several_answers(facts: Facts) -> Table:
+    different_K, context, _ = _contexts(facts)
+    several = np.flatnonzero(different_K > 1)
+    lines = facts.array("line_R")[facts.array("row_of_K")[several]] if len(several) else several
+    order = np.lexsort((lines, context[several], -different_K[several])) if len(several) else several
+    rows = tuple((int(lines[i]), f"one of {int(different_K[several[i]])} answers to this context") for i in order)
+    return Table(
+        "same prompt, different answers",
+        len(several),
+        "keep them if all are right; each can only get its share of the probability",
+        rows[:MOST_LISTED],
+    )
+
+
+def _duplicates(facts: Facts) -> tuple[Table, Table]:
+    whole, line = facts.array("whole_R"), facts.array("line_R")
+    _, first, inverse = np.unique(whole, return_index=True, return_inverse=True)
+    repeats = np.flatnonzero(first[inverse] != np.arange(len(whole))) if len(whole) else whole.astype(np.int64)
+    exact = tuple((int(line[i]), f"the same as line {int(line[first[inverse[i]]])}") for i in repeats[:MOST_LISTED])
+    distinct = np.sort(first)  # each row once, in order
+    sign = facts.array("row_sign_R")[distinct] if len(distinct) else np.empty((0, 128), np.uint16)
+    groups = groups_of(near_pairs(sign), len(sign))
+    _, leader = np.unique(groups, return_index=True)
+    near = np.flatnonzero(leader[groups] != np.arange(len(groups))) if len(groups) else groups
+    rows = []
+    for i in near[:MOST_LISTED]:
+        other = leader[groups[i]]
+        rows.append((int(line[distinct[i]]), f"like line {int(line[distinct[other]])}{_share(sign[i], sign[other])}"))
+    return (
+        Table("exact duplicates", len(repeats), "remove them, unless the repetition is meant as a weight", exact),
+        Table("near duplicates", len(near), "look whether they teach anything new", tuple(rows)),
+    )
+
+
+def _share(a: Any, b: Any) -> str:
+    return f", about {float(similarity(a, b)):.0%} of three-word runs in common"
+
+
+def _overlap(facts: Facts, held_out: Facts) -> list[Table]:
+    tables = []
+    for what, exact in (("row", "whole_R"), ("prompt", "prompt_R"), ("answer", "answer_R")):
+        ours, theirs = facts.array(exact), held_out.array(exact)
+        keys, first = np.unique(ours, return_index=True)
+        at = np.searchsorted(keys, theirs).clip(max=max(len(keys) - 1, 0))
+        same = np.flatnonzero(keys[at] == theirs) if len(keys) else at
+        rows = [
+            (int(held_out.array("line_R")[i]), f"the same as training line {int(facts.array('line_R')[first[at[i]]])}")
+            for i in same[:MOST_LISTED]
+        ]
+        advice = "remove them from one of the two: the held-out score would measure memory"
+        tables.append(Table(f"held-out {what} in training data", len(same), advice, tuple(rows)))
+        near = _near_overlap(facts, held_out, f"{what}_sign_R", set(same.tolist()))
+        near_rows = [
+            (int(held_out.array("line_R")[i]), f"like training line {int(facts.array('line_R')[j])}{share}")
+            for i, j, share in near[:MOST_LISTED]
+        ]
+        tables.append(Table(f"held-out {what} nearly in training data", len(near), "look at them", tuple(near_rows)))
+    return tables
+
+
+def _near_overlap(facts: Facts, held_out: Facts, name: str, known: set[int]) -> list[tuple[int, int, str]]:
+    """Held-out rows that are near a training row and not the same as one: (row there, row here, how near)."""
+    ours, theirs = facts.array(name), held_out.array(name)
+    if not len(ours) or not len(theirs):
+        return []
+    both = np.concatenate([theirs, ours])
+    pairs = near_pairs(both)
+    groups = groups_of(pairs, len(both))
+    nearest: dict[int, int] = {}
+    for i, j in pairs[(pairs[:, 0] < len(theirs)) & (pairs[:, 1] >= len(theirs))].tolist():
+        nearest.setdefault(i, j - len(theirs))
+    ours_by_group: dict[int, int] = {}
+    for j, group in enumerate(groups[len(theirs) :].tolist()):
+        ours_by_group.setdefault(group, j)
+    found = []
+    for i, group in enumerate(groups[: len(theirs)].tolist()):
+        other = nearest.get(i, ours_by_group.get(group))
+        if other is not None and i not in known:
+            found.append((i, other, _share(theirs[i], ours[other])))
+    return found
+
+
+def _found(facts: Facts, kind: str) -> Table:
+    return Table(kind, facts.counts[kind], KINDS[kind], tuple(facts.found.get(kind, {}).items()))
+
+
+def _languages(facts: Facts) -> Table:
+    language_R, lines = facts.array("language_R"), facts.array("line_R")
+    counts = np.bincount(language_R, minlength=len(LANGUAGES))
+    clear = counts[1:].sum()
+    rare = np.flatnonzero((counts > 0) & (counts < RARE * clear)) if clear >= FEWEST else np.empty(0, np.int64)
+    rows = np.flatnonzero(np.isin(language_R, rare[rare > 0]))
+    main = LANGUAGES[1 + int(counts[1:].argmax())] if clear else LANGUAGES[0]
+    listed = tuple(
+        (int(lines[i]), f"the answer looks {LANGUAGES[language_R[i]]}; most are {main}") for i in rows[:MOST_LISTED]
+    )
+    return Table("language outliers", len(rows), "a guess by script and function words: look at them", listed)
+
+
+def _sizes(facts: Facts) -> Table:
+    size_R, lines = facts.array("size_R"), facts.array("line_R")
+    rows = np.empty(0, np.int64)
+    if len(size_R) >= FEWEST:
+        log_R = np.log1p(size_R)
+        # Of a normal distribution, 1.4826 times the median deviation is the standard deviation; 0.1 is 10% of length.
+        spread = max(1.4826 * float(np.median(np.abs(log_R - np.median(log_R)))), 0.1)
+        far_R = np.abs(log_R - np.median(log_R)) / spread
+        rows = np.flatnonzero(far_R > FAR)
+        rows = rows[np.argsort(-far_R[rows], kind="stable")]
+    middle = int(np.median(size_R)) if len(size_R) else 0
+    listed = tuple((int(lines[i]), f"{int(size_R[i])} characters; the median is {middle}") for i in rows[:MOST_LISTED])
+    return Table("length outliers", len(rows), "look whether the answer was cut off or ran on", listed)

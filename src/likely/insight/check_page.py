@@ -1,0 +1,127 @@
+"""What ``likely check`` found, for people: text for a terminal, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jinja2
+
+from likely.insight.pictures import AFTER, BEFORE, draw_svg
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+TRAINED = ("\x1b[1;32m", "\x1b[0m")
+MARKS = ("\u27e6", "\u27e7")  # white square brackets, which no data is likely to have
+ROWS_TOLD = 5
+
+
+def to_text(result: dict[str, Any], *, colour: bool) -> str:
+    """The report for a terminal. Trained text is green where there is colour, and in brackets where there is none."""
+    parts = [_shown(example, colour) for example in result["shown"]]
+    if "proof" in result:
+        parts += [_proof(result), _cost(result["cost"]), _audit(result)]
+        parts.append(result["verdict"])
+    return "\n\n".join(filter(None, parts))
+
+
+def _shown(example: dict[str, Any], colour: bool) -> str:
+    start, stop = TRAINED if colour else MARKS
+    trained = sum(piece["tokens"] for piece in example["pieces"] if piece["weight"])
+    lines = [f"{example['source']}: {trained} of {example['tokens']} tokens are trained, marked {start}so{stop}"]
+    text = ""
+    for piece in example["pieces"]:
+        shown = printable(piece["text"])
+        weight = f"\u00d7{piece['weight']:g}" if piece["weight"] not in (0, 1) else ""
+        text += f"{start}{shown}{weight}{stop}" if piece["weight"] else shown
+    return "\n".join([*lines, text])
+
+
+def printable(text: str) -> str:
+    """Control characters written out: data must not steer the terminal."""
+    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def _proof(result: dict[str, Any]) -> str:
+    proof, data = result["proof"], result["data"]
+    over = proof["over_length"]
+    lines = [f"{data['path']}: {data['rows']:,} rows, {data['examples']:,} examples to train on"]
+    lines.append("  " + ", ".join(f"{count:,} rows of {shape}" for shape, count in data["shapes"].items()))
+    if data["ignored_keys"]:
+        lines.append(f"  keys that nothing reads: {printable(', '.join(map(repr, list(data['ignored_keys'])[:6])))}")
+    lines += [f"  {count:,} {printable(note)}" for note, count in data["notes"].items()]
+    if data["prompt_and_completion_strings"]:
+        plain = data["prompt_and_completion_strings"]
+        lines.append(f"  {plain['rows']:,} rows of prompt and completion strings, {plain['read']}")
+    lines.append(f"  tokens trained {proof['tokens']['trained']:,} of {proof['tokens']['all']:,}")
+    lines += [
+        f"    {role:<10} {count['trained']:>12,} of {count['tokens']:>12,}"
+        for role, count in proof["tokens"]["per_role"].items()
+    ]
+    share = "-" if proof["stop_share"] is None else f"{proof['stop_share']:.2%}"
+    bos = ", ".join(f"{count:,} with {number}" for number, count in proof["examples_by_leading_bos"].items() if count)
+    lines += [
+        f"  assistant turns whose stop token is trained {share} of {proof['assistant_turns']:,}",
+        f"  turns whose training prompt is the inference prompt {proof['prompts_equal_to_inference']:,}",
+        f"  beginning-of-text tokens at the start: {bos or 'no examples'}",
+        f"  examples with nothing to train {proof['nothing_to_train']:,}",
+        f"  examples over {over['limit']:,} tokens {over['examples']:,} (the longest has {over['longest']:,})",
+    ]
+    if over["examples"]:
+        lines.append(f"    error (default): {over['policies']['error']}")
+        for policy in ("drop", "truncate_right", "truncate_left"):
+            told = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in over["policies"][policy].items())
+            lines.append(f"    {policy}: {told}")
+    lines.append(f"  rows refused {proof['refused']['rows']:,}")
+    listed = list(proof["refused"]["listed"].items())[:ROWS_TOLD]
+    lines += [f"    {data['path']}:{line}: {printable(why)}" for line, why in listed]
+    return "\n".join(lines)
+
+
+def _cost(cost: dict[str, Any]) -> str:
+    if not cost:
+        return ""
+    sampled = "all of an epoch" if cost["sampled_steps"] * cost["batch_size"] >= cost["examples"] else "sampled"
+    first = f"Training: {cost['steps']:,} steps of {cost['batch_size']} examples"
+    per_step = f"tokens per step {cost['tokens_per_step']:,.0f}, distinct {cost['distinct_tokens_per_step']:,.0f}"
+    ratio = f"sharing ratio {cost['sharing_ratio']:.2f} ({cost['sampled_steps']} steps, {sampled})"
+    lines = [f"{first}, {cost['tokens_per_epoch']:,} tokens an epoch", f"  {per_step}: {ratio}"]
+    guess = cost["estimate"]
+    if guess:
+        per_step = f"{guess['seconds']:,.0f} s ({guess['seconds_per_step']:.3g} s a step)"
+        lines.append(f"  on this machine's processors about {per_step} and {guess['peak_gb']:.1f} GB, {guess['dtype']}")
+    return "\n".join(lines)
+
+
+def _audit(result: dict[str, Any]) -> str:
+    lines = ["Audit"]
+    for kind, table in result["audit"].items():
+        lines.append(f"  {kind:<40} {table['count']:>9,}" + (f"  {table['advice']}" if table["count"] else ""))
+        lines += [f"    {row['source']}: {printable(row['detail'])}" for row in table["rows"][:ROWS_TOLD]]
+    if result["floor"]["nats"]:
+        lines.append(
+            f"  No model can get the training NLL below {result['floor']['nats_per_token']:.4f} nats per token here."
+        )
+    return "\n".join(lines)
+
+
+def to_html(result: dict[str, Any]) -> str:
+    """The page; it needs nothing from any network."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("likely.insight", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.get_template("check.html.j2").render(
+        result=result, lengths=draw_svg(_draw_lengths, result["lengths"]), before=BEFORE, after=AFTER
+    )
+
+
+def _draw_lengths(figure: Any, lengths: dict[str, Any]) -> None:
+    axes = figure.add_subplot()
+    axes.stairs(lengths["counts"], lengths["edges"], fill=True, color=AFTER, label="examples")
+    far = lengths["limit"] > 3 * lengths["edges"][-1]
+    if not far:
+        axes.axvline(lengths["limit"], color=BEFORE, linestyle="--", label=f"cut line, {lengths['limit']:,} tokens")
+    else:
+        axes.plot([], [], color=BEFORE, linestyle="--", label=f"cut line far to the right, {lengths['limit']:,} tokens")
+    axes.set_xlabel("tokens of an example")
+    axes.set_ylabel("examples")
+    axes.legend(frameon=False, fontsize=8)
