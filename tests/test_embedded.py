@@ -80,7 +80,8 @@ def test_the_saved_model_has_the_reported_likelihood(tmp_path: Path, maths: tupl
 
 def test_demo_teaches_the_capital(tmp_path: Path) -> None:
     """A few steps of the demo are enough to see the gold token rise and the rivals fall."""
-    result = run.train(run.demo_config(str(tmp_path / "demo"), steps=4), Display(quiet=True), num_answers=2)
+    config = run.demo_config(str(tmp_path / "demo"), steps=4).model_copy(update={"num_answers": 2})
+    result = run.train(config, Display(quiet=True))
     gold, *rivals, _ = result.report["lens"]["rows"]
     assert gold["text"] == "Paris"
     assert gold["after"] > 2 * gold["before"]
