@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import world
 
 from likely import run as runs
-from likely.errors import ConfigError, LikelyError, LockedError, ModelError, NonFiniteError
+from likely.errors import ConfigError, LikelyError, LockedError, ModelError, NonFiniteError, ResourceError
 from likely.training.checkpoint import name_of, saved_steps
 from likely.training.step import compute_gradient
 
@@ -225,6 +226,24 @@ def test_a_run_that_never_saved_anything_is_begun_again(lora_world: Any, tmp_pat
             path.unlink()
     world.train(run, lora_world.settings)  # as typed the first time
     assert world.outcome(run) == lora_world.reference
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+    ],
+)
+def test_out_of_memory(lora_world: Any, tmp_path: Path, monkeypatch: Any, error: Exception) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        cut_after(patch, 3, error)
+        with pytest.raises(ResourceError, match=r"out of memory; lower --pack-tokens .* step-000003 is saved: go on"):
+            world.train(run, lora_world.settings)
+    world.train(run, lora_world.settings | {"pack_tokens": 60}, resume="newest")
+    assert saved_steps(run / "checkpoints")[-1] == world.STEPS
 
 
 class _Broken:
