@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import likely
 from likely.errors import ConfigError, LikelyError, ModelError
+from likely.manifest import Seal
 from likely.model.headers import check_finite, read_header
 from likely.model.load import Tuning, load_for_training, load_model, save_model
 from likely.model.place import find_model, local_folder
@@ -589,6 +590,9 @@ def test_checkpoints_that_are_not_there(model_dir: Path, tmp_path: Path, step: s
     shutil.copytree(model_dir, tmp_path / "run" / "checkpoints" / "step-000001" / "model")
     shutil.copytree(model_dir, tmp_path / "run" / "model")
     (tmp_path / "run" / "run.json").write_text("{}", encoding="utf-8")
+    for sealed in (tmp_path / "run" / "checkpoints" / "step-000001", tmp_path / "run" / "model"):
+        with Seal(sealed) as seal:
+            seal.close({})
     refused(f"{tmp_path}/run@{step}", f"run@{step}", "step-000001")
     for good in ("run", "run@step-1", "run@1", "run@step-000001"):
         find_model(f"{tmp_path}/{good}")

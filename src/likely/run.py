@@ -285,7 +285,7 @@ def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start)
     def save(state: State) -> None:
         saved = save_checkpoint(checkpoints, state, model.network, optimizer, save_model, session.about)
         display.say(f"saved {saved}")
-        rotate(checkpoints, config.keep_checkpoints, [journal.best[0]] if journal.best else [])
+        rotate(checkpoints, state.step, config.keep_checkpoints, [journal.best[0]] if journal.best else [])
 
     def evaluate() -> evaluation.Evaluation:
         assert inputs.eval_data is not None  # noqa: S101

@@ -104,7 +104,14 @@ def find_start(folder: Path, resume: str | None, say: Callable[[str], None]) -> 
     Raises:
         ModelError: there are checkpoints and none is whole, or the one asked for is not.
     """
-    if resume is None or not (folder / "run.json").is_file():
+    begun = _is_of_worth(folder)
+    if begun and not (folder / "run.json").is_file():
+        raise ModelError(
+            "there is no run.json, so nothing says which run these files are of",
+            place=str(folder),
+            way_out="restore it from a backup, or name another --output",
+        )
+    if resume is None or not begun:
         if resume is not None:
             say(f"{folder}: nothing to resume yet, the run starts from the beginning")
         return Start()

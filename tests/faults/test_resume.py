@@ -295,6 +295,30 @@ def test_rotation_keeps_the_newest_and_the_best(lora_world: Any, tmp_path: Path,
     ]  # evaluations after steps 1, 2, ...: 5.0, 2.0, ...
 
 
+def test_rotation_does_not_count_what_was_passed_over(lora_world: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    run = unfinished(lora_world, tmp_path / "run")
+    for step in (4, 6):
+        (run / "checkpoints" / name_of(step) / "state.json").write_text("{}", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        cut_after(patch, 1, Cut())
+        with pytest.raises(Cut):
+            world.train(run, lora_world.settings | {"keep_checkpoints": 1}, resume="newest")
+    assert saved_steps(run / "checkpoints") == [3, 4, 6]
+    world.train(run, lora_world.settings | {"keep_checkpoints": 1}, resume="newest")
+    assert world.outcome(run) == lora_world.reference | {
+        "checkpoints": [3, 6]
+    }  # the best by its evaluation, the newest
+
+
+def test_a_run_without_its_run_json(lora_world: Any, tmp_path: Path) -> None:
+    run = unfinished(lora_world, tmp_path / "run")
+    (run / "run.json").unlink()
+    before = sorted(run.rglob("*"))
+    with pytest.raises(ModelError, match=r"no run.json"):
+        world.train(run, lora_world.settings, resume="newest")
+    assert before == sorted(run.rglob("*"))
+
+
 def test_what_is_given_stays_as_it_is(any_world: Any, tmp_path: Path) -> None:
     given = [Path(any_world.settings["model"]), any_world.folder]
     files = [p for place in given for p in place.glob("*") if p.is_file()]

@@ -90,9 +90,13 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(m[1]) for m in names if m and m[0] == name_of(int(m[1])))
 
 
-def rotate(folder: Path, keep: int, spared: Sequence[int]) -> None:
-    """Remove the oldest checkpoints but for the newest ``keep`` and the ``spared``."""
-    for step in saved_steps(folder)[:-keep]:
+def rotate(folder: Path, newest: int, keep: int, spared: Sequence[int]) -> None:
+    """Remove old checkpoints but for ``keep`` of them up to ``newest``, which was just saved, and the ``spared``.
+
+    Those after ``newest`` are of an earlier process, and may be what a resume could not trust: they count for nothing,
+    and are replaced when the run comes to their steps.
+    """
+    for step in [step for step in saved_steps(folder) if step <= newest][:-keep]:
         if step not in spared:
             with shield():
                 storage.discard(folder / name_of(step))
