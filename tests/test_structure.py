@@ -24,6 +24,7 @@ FLOORS = [
     ("likely.insight", 5),
     ("likely.training", 4),
     ("likely.model", 3),
+    ("likely.data.cache", 3),
     ("likely.data", 2),
     ("likely.config", 1),
     ("likely.manifest", 2),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from likely.config import ExplainSettings
-from likely.data.dataset import load_dataset
+from likely.data.cache import load_kept
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, load_tokenizer
 from likely.insight import evaluate as evaluation
@@ -75,12 +75,12 @@ def evaluate(data: str, model: str, base: str | None, display: Display) -> dict[
 
 def _score_all(
     data: str, name: str, base: str | None, display: Display, *, keep_unweighted: bool = False
-) -> tuple[tuple[Example, ...], Any, list[ExampleScore], list[ExampleScore] | None]:
+) -> tuple[Sequence[Example], Any, list[ExampleScore], list[ExampleScore] | None]:
     """The examples as ``name`` reads them, its tokenizer, and the scores of those same tokens under it and ``base``."""
     place = find_model(name)
     tokenizer = load_tokenizer(place.tokenizer)
     length = read_context_length(place)
-    dataset = load_dataset(data, Renderer(tokenizer), length, display.track, keep_unweighted=keep_unweighted)
+    dataset = load_kept(data, Renderer(tokenizer), length, display.track, keep_unweighted=keep_unweighted)
     check_token_ids(place, dataset.examples)
     if base is not None:
         other = load_tokenizer(find_model(base).tokenizer)

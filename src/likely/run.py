@@ -12,7 +12,8 @@ from typing import Any
 
 from likely import manifest, provenance, run_folder, stops, storage
 from likely.config import Config, to_yaml
-from likely.data.dataset import Dataset, load_dataset, num_steps
+from likely.data.cache import load_kept
+from likely.data.dataset import Dataset, num_steps
 from likely.data.formats import ReadOptions, parse_columns
 from likely.data.mixture import absolute_parts
 from likely.data.packing import default_pack_tokens
@@ -136,7 +137,7 @@ def _read_inputs(config: Config, display: Display) -> _Inputs:
     options = ReadOptions(config.format, columns, config.on_bad_row == "skip", config.seed)
 
     def load(path: str, renderer: Renderer) -> Dataset:
-        return load_dataset(path, renderer, limit, display.track, options, config.on_too_long)
+        return load_kept(path, renderer, limit, display.track, options, config.on_too_long)
 
     data = load(config.data, renderer)
     # Held-out data is always judged by the answers, whatever training gives weight to.

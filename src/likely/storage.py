@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from platformdirs import user_cache_path
 from safetensors import SafetensorError
 
 from likely.errors import LikelyError, LockedError, ResourceError, first_line
@@ -48,6 +49,11 @@ class System:
 
 
 system = System()
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``LIKELY_CACHE``, or the platform's cache folder for this program."""
+    return Path(os.environ.get("LIKELY_CACHE") or user_cache_path("likely", appauthor=False))
 
 
 @contextlib.contextmanager

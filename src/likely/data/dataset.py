@@ -4,21 +4,45 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar, overload
 
 import numpy as np
 
 from likely.data.formats import Reading, ReadOptions, Rejected
 from likely.data.lengths import LengthCounts, OnTooLong, fit
-from likely.data.mixture import choose_rows, parse_parts
+from likely.data.mixture import Part, choose_rows, parse_parts
 from likely.data.proof import prove_stops
 from likely.data.render import Renderer
 from likely.errors import DataError
 from likely.types import ROLES, Conversation, Example, IntArray
 
 MAX_REJECTED_TOLD = 20
+Item = TypeVar("Item")
 Track = Callable[[Iterable[Conversation], str, int], Iterable[Conversation]]
+
+
+class OnDemand(Sequence[Item]):
+    """``length`` things, the i-th of which is made by ``make(i)`` whenever somebody asks for it."""
+
+    def __init__(self, length: int, make: Callable[[int], Item]) -> None:
+        self._length, self._make = length, make
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Item, ...]: ...
+    def __getitem__(self, index: int | slice) -> Item | tuple[Item, ...]:
+        if isinstance(index, slice):
+            return tuple(map(self._make, range(self._length)[index]))
+        return self._make(range(self._length)[index])
+
+    def __iter__(self) -> Iterator[Item]:
+        return map(self._make, range(self._length))
 
 
 @dataclass(frozen=True)
@@ -34,16 +58,28 @@ class File:
 class Dataset:
     """Examples of one file or several. ``row_N`` is the index of each example's conversation: a conversation whose
     template rewrites history gives several. ``num_unweighted`` counts the examples left out since all their weights are
-    0. ``told`` are lines about the data that a person should see; ``rejected`` the rows that were left out as bad."""
+    0. ``told_of_files`` are the lines about each file that a person should see, ``told_of_rows`` those about all
+    rows; ``rejected`` the rows that were left out as bad."""
 
     path: str
     files: tuple[File, ...]
-    conversations: tuple[Conversation, ...]
-    examples: tuple[Example, ...]
+    conversations: Sequence[Conversation]
+    examples: Sequence[Example]
     row_N: tuple[int, ...]
     num_unweighted: int
-    told: tuple[str, ...] = ()
+    told_of_files: tuple[tuple[str, ...], ...] = ()
+    told_of_rows: tuple[str, ...] = ()
     rejected: tuple[Rejected, ...] = ()
+
+    @property
+    def told(self) -> list[str]:
+        """What a person should see about the data, line by line."""
+        told = [
+            f"{file.path}: {line}" for file, lines in zip(self.files, self.told_of_files, strict=True) for line in lines
+        ]
+        if len(self.files) > 1:
+            told.append("mixed: " + ", ".join(f"{file.rows:,} rows of {file.path}" for file in self.files))
+        return [*told, *(f"{self.path}: {line}" for line in self.told_of_rows), *_told_rejected(self.rejected)]
 
     @property
     def sha256(self) -> str:
@@ -95,9 +131,8 @@ def load_dataset(
     """
     parts = parse_parts(path)
     readings = [Reading(part.path, options) for part in parts]
-    rows = [list(reading) for reading in readings]
-    chosen = choose_rows(parts, [len(found) for found in rows], options.seed if options else 0)
-    conversations = [rows[i][row] for i, taken in enumerate(chosen) for row in taken]
+    chosen = _choose(parts, readings, options.seed if options else 0)
+    conversations = [conversation for taken in chosen for conversation in taken]
     owners = [reading for reading, taken in zip(readings, chosen, strict=True) for _ in taken]
     renderer.notes.clear()
     lengths = LengthCounts()
@@ -124,18 +159,19 @@ def load_dataset(
     if not examples:
         raise _nothing_left(path, lengths, rejected)
     files = tuple(File(r.path, r.sha256, len(taken)) for r, taken in zip(readings, chosen, strict=True))
-    told = _told(path, readings, files, [*renderer.told(), *lengths.told(max_length)])
-    told += _told_rejected(rejected)
     return Dataset(
-        path, files, tuple(conversations), tuple(examples), tuple(row_N), num_unweighted, tuple(told), rejected
+        *(path, files, tuple(conversations), tuple(examples), tuple(row_N), num_unweighted),
+        told_of_files=tuple(tuple(reading.told()) for reading in readings),
+        told_of_rows=(*renderer.told(), *lengths.told(max_length)),
+        rejected=rejected,
     )
 
 
-def _told(path: str, readings: Iterable[Reading], files: tuple[File, ...], more: Iterable[str]) -> list[str]:
-    told = [line for reading in readings for line in reading.told()]
-    if len(files) > 1:
-        told.append("mixed: " + ", ".join(f"{file.rows:,} rows of {file.path}" for file in files))
-    return [*told, *(f"{path}: {line}" for line in more)]
+def _choose(parts: Sequence[Part], readings: Sequence[Reading], seed: int) -> list[list[Conversation]]:
+    """The rows of each file that are used."""
+    rows = [list(reading) for reading in readings]
+    chosen = choose_rows(parts, [len(found) for found in rows], seed)
+    return [[found[i] for i in taken] for found, taken in zip(rows, chosen, strict=True)]
 
 
 def _rendered(renderer: Renderer, conversation: Conversation, reading: Reading) -> list[Example]:

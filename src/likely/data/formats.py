@@ -123,7 +123,7 @@ class Reading:
             lines.append(f"keys that nothing reads: {keys}{' ...' if len(self.ignored) > 6 else ''}")
         lines += [f"{count:,} {note}" for note, count in self.notes.items()]
         lines += [f"{self.num_blank:,} blank lines are passed over"] if self.num_blank else []
-        return [f"{self.path}: {line}" for line in lines]
+        return lines
 
 
 def read_conversations(path: str | Path, options: ReadOptions | None = None) -> list[Conversation]:

@@ -113,6 +113,17 @@ class Renderer:
         self._writer = Writer(self.template, self._controls, self.notes, lambda: self.end_of_turn)
         self._num_tokens = len(tokenizer)
 
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides what is rendered, for JSON: equal for two renderers that give the same."""
+        return {
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "kind": [type(self.tokenizer).__name__, len(self.tokenizer), self.tokenizer.eos_token_id],
+            "special_tokens": {key: str(value) for key, value in self.tokenizer.special_tokens_map.items()},
+            "template": self.tokenizer.chat_template,
+            "use": [self._use, self.template.date],
+            "supervision": [self.supervision.train_on, self.supervision.prompt_weight],
+        }
+
     def told(self) -> list[str]:
         """Lines for people about what was rendered so far."""
         lines = [f"{count:,} {note}" for note, count in self.notes.items()]

@@ -13,11 +13,11 @@ from dataclasses import replace
 import numpy as np
 
 from likely.data.audit import answers_of, prompt_of
-from likely.data.dataset import Dataset
+from likely.data.dataset import Dataset, OnDemand
 from likely.data.duplicates import RunningHash, digests, groups_of, hash_of, near_pairs, to_signatures
 from likely.data.render import Renderer
 from likely.errors import DataError
-from likely.types import Conversation, Example, IntArray
+from likely.types import Conversation, IntArray
 
 BATCH = 512
 
@@ -37,25 +37,21 @@ def hold_out(dataset: Dataset, share: float, seed: int, judge: Renderer) -> tupl
         message = f"no rows can be held out: {error}"
         raise DataError(message, place=dataset.path, way_out="give --eval-data, or leave out --eval-share") from error
     kept = {row: i for i, row in enumerate(train)}
-    mine = [(e, kept[row]) for e, row in zip(dataset.examples, dataset.row_N, strict=True) if row in kept]
+    mine = [i for i, row in enumerate(dataset.row_N) if row in kept]
     rows = [dataset.conversations[row] for row in held_out]
     judged = [(e, i) for i, row in enumerate(rows) for e in judge.render(row) if e.weights_T.any()]
     if not judged or not mine:
         message = f"{len(train)} rows to train on and {len(held_out)} held out, and one side has no weight"
         raise DataError(message, place=dataset.path, way_out="give --eval-data, or another --eval-share")
-    return _of_rows(dataset, [dataset.conversations[row] for row in train], mine), _of_rows(dataset, rows, judged)
-
-
-def _of_rows(
-    dataset: Dataset, conversations: Sequence[Conversation], examples: Sequence[tuple[Example, int]]
-) -> Dataset:
-    return replace(
+    training = replace(
         dataset,
-        conversations=tuple(conversations),
-        examples=tuple(example for example, _ in examples),
-        row_N=tuple(row for _, row in examples),
+        conversations=OnDemand(len(train), lambda i: dataset.conversations[train[i]]),
+        examples=OnDemand(len(mine), lambda i: dataset.examples[mine[i]]),
+        row_N=tuple(kept[dataset.row_N[i]] for i in mine),
         num_unweighted=0,
     )
+    examples, row_N = zip(*judged, strict=True)
+    return training, replace(dataset, conversations=tuple(rows), examples=examples, row_N=row_N, num_unweighted=0)
 
 
 def split_rows(conversations: Sequence[Conversation], share: float, seed: int) -> tuple[list[int], list[int]]:

