@@ -67,7 +67,9 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: Name = Field(description="Hugging Face folder, hub id, run folder, RUN@step-N or smollm2-135m")
-    data: DataFiles = Field(description="training data: a file, a.jsonl,b.csv, or a mix as a.jsonl:0.7,b.csv:0.3")
+    data: DataFiles = Field(
+        description="training data: a file, a.jsonl,b.csv, a mix as a.jsonl:0.7,b.csv:0.3, or org/name:split of the hub"
+    )
     eval_data: DataFiles | None = Field(None, description="held-out data, scored before and after")
     eval_share: Number = Field(
         0.0, ge=0, lt=1, description="share of the training rows to hold out where no eval_data is given, by families"

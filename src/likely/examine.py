@@ -17,10 +17,10 @@ import numpy as np
 from likely.config import CheckSettings
 from likely.data.dataset import examples_of_step, num_steps
 from likely.data.formats import Format, ReadOptions, parse_columns
+from likely.data.hub import rows_of
 from likely.data.mixture import parse_parts
 from likely.data.packing import build_packs
 from likely.data.parallel import Workers, in_batches
-from likely.data.reading import Rows
 from likely.data.render import Renderer, Supervision, TemplateUse, load_tokenizer
 from likely.data.survey import Facts, Row, Surveyor
 from likely.errors import ConfigError, DataError
@@ -188,7 +188,7 @@ def _file(path: str, facts: Facts, has_template: bool) -> dict[str, Any]:
 
 def _survey_file(workers: Workers, job: Job, display: Display, *, separately: bool) -> Facts:
     facts, unread = Facts(), list[DataError]()
-    rows = ((row, source.line) for row, source in Rows(job.path, unread.append))
+    rows = ((row, source.line) for row, source in rows_of(job.path, unread.append))
     with display.counting(f"checking {Path(job.path).name}", _count_lines(job.path), "rows") as advance:
         for part in workers.map(partial(_survey, job, separately), in_batches(rows, BATCH_ROWS)):
             facts.add(part)
@@ -219,7 +219,7 @@ def _wanted_line(show: str, data: str) -> int:
 def _rows(path: str, wanted: Iterable[int]) -> Iterator[Row]:
     """The rows of some lines, as far as they can be read."""
     left = set(wanted)
-    for row, source in Rows(path, lambda _: None):
+    for row, source in rows_of(path, lambda _: None):
         if source.line in left:
             yield row, source.line
             left.discard(source.line)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from likely.data.reading import Rows
+from likely.data.hub import rows_of
 from likely.data.shapes import KNOWN_KEYS, OPTIONAL, PARSERS, REQUIRED, SHAPES, Notes, Shape, kind_of
 from likely.errors import ConfigError, DataError
 from likely.types import Conversation, Source
@@ -66,7 +66,7 @@ class Reading:
         self.ignored: Counter[str] = Counter()
         self.notes: Notes = Counter()
         self.rejected: list[Rejected] = []
-        self._rows = Rows(path, self.reject if self.options.skip_bad_rows else None)
+        self._rows = rows_of(path, self.reject if self.options.skip_bad_rows else None)
 
     @property
     def sha256(self) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from likely.data.hub import full_name
 from likely.errors import ConfigError
 
 
@@ -21,7 +22,8 @@ class Part:
 
 
 def parse_parts(text: str) -> list[Part]:
-    """The files that ``data`` names. A name that exists is a file, whatever commas and colons it has.
+    """The files, or data sets of the hub, that ``data`` names. A name that exists is a file, whatever commas and colons
+    it has.
 
     Raises:
         ConfigError: nothing between two commas, a share that is no positive number, or shares for some files only.
@@ -35,11 +37,11 @@ def parse_parts(text: str) -> list[Part]:
             raise ConfigError(f"data {text!r} has nothing between two commas", way_out="write a.jsonl,b.jsonl")
         path, colon, share = name.rpartition(":")
         if _exists(name) or not colon or not _looks_like_a_number(share):
-            parts.append(Part(name))
+            parts.append(Part(full_name(name)))
             continue
         if not 0 < float(share) < math.inf:
             raise ConfigError(f"the share of {path} is {share}", way_out="give a number above 0")
-        parts.append(Part(path, float(share)))
+        parts.append(Part(full_name(path), float(share)))
     if len({part.share is None for part in parts}) > 1:
         bare = next(part.path for part in parts if part.share is None)
         raise ConfigError(f"{bare} has no share and another file has", way_out="give every file a share, or none")

@@ -224,7 +224,7 @@ class Rows:
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=256):
                 for row in batch.to_pylist():
                     number += 1
-                    yield _without_nulls(row), Source(self.path, number)
+                    yield without_nulls(row), Source(self.path, number)
         except (pyarrow.ArrowException, OSError) as error:
             text = str(error).strip().splitlines()[0]
             raise self._wrong(f"broken Parquet: {text}", "write the file again", number) from error
@@ -281,10 +281,10 @@ class _Unpacked(io.RawIOBase):
         return len(data)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Parquet writes every key of a schema into every row, so null there means that the key is absent."""
     if isinstance(value, dict):
-        return {key: _without_nulls(v) for key, v in value.items() if v is not None}
+        return {key: without_nulls(v) for key, v in value.items() if v is not None}
     if isinstance(value, list):
-        return [_without_nulls(v) for v in value]
+        return [without_nulls(v) for v in value]
     return value
