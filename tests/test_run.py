@@ -104,6 +104,36 @@ def test_a_run_repeats_bit_for_bit_from_its_own_config(
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_what_was_trained_can_be_evaluated_and_scored_with_the_same_settings(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    rows = ["q,a,other", *(f"{q} {q},{a},x" for q, a in PAIRS), "too,few", "long?," + " so" * 60 + ",x"]
+    (tmp_path / "d.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    data = str(tmp_path / "d.csv")
+    settings: dict[str, Any] = {
+        "columns": "prompt=q,completion=a", "template": "raw", "on_bad_row": "skip", "on_too_long": "truncate_right",
+        "max_length": 40,
+    }  # fmt: skip
+    run = train((data, data), tiny_model_dir, tmp_path / "run", **settings)
+    figures = likely.evaluate(model=str(run.folder), data=data, base=str(tiny_model_dir), **settings)
+    assert figures["nll"] == pytest.approx(run.report["tuned"]["nll"], abs=1e-6)  # float32 saved and read back
+    assert figures["num_examples"] == run.report["tuned"]["num_examples"] == 5
+    records = list(likely.score(model=str(run.folder), data=data, **settings))
+    assert max(len(record["tokens"]) for record in records) == 40
+    nats, tokens = (sum(record[key] for record in records) for key in ("nll_nats", "num_tokens"))
+    assert nats / tokens == pytest.approx(figures["nll"], abs=1e-9)
+    for key in settings:  # each of them matters here
+        less = {k: v for k, v in settings.items() if k != key}
+        if key in {"template", "max_length"}:
+            other = likely.evaluate(model=str(run.folder), data=data, **less)
+            assert other["nll"] != pytest.approx(figures["nll"], abs=1e-4)
+        else:
+            with pytest.raises(likely.DataError):
+                likely.evaluate(model=str(run.folder), data=data, **less)
+    with pytest.raises(likely.ConfigError, match=r"unknown key 'colums'; did you mean columns\?"):
+        likely.score(model=str(run.folder), data=data, colums="prompt=q")
+
+
 def test_pack_tokens_changes_no_figure(tmp_path: Path, files: tuple[str, str], tiny_model_dir: Path) -> None:
     reports = [train(files, tiny_model_dir, tmp_path / str(n), pack_tokens=n).report for n in (40, 4096)]
     for state in ("base", "tuned"):

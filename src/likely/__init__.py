@@ -90,8 +90,11 @@ def check(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
     return examine_check(data, make_settings(CheckSettings, {"model": model, **settings}), Display(quiet=True))
 
 
-def score(*, model: str, data: str, base: str | None = None) -> Iterator[dict[str, Any]]:
+def score(*, model: str, data: str, **settings: Any) -> Iterator[dict[str, Any]]:
     """Exact log-likelihood (nats) of every token of every example of a file, under one model or two.
+
+    Args:
+        **settings: any other field of :class:`likely.config.LookSettings`, such as ``base`` or ``columns``.
 
     Returns:
         One record an example, as ``likely score`` writes them: ``source``, ``nll_nats``, ``num_tokens``, ``tokens``.
@@ -99,19 +102,24 @@ def score(*, model: str, data: str, base: str | None = None) -> Iterator[dict[st
     Raises:
         LikelyError: of the kind that fits the fault.
     """
+    from likely.config import LookSettings, make_settings
     from likely.look import score as look_score
     from likely.training.log import Display
 
-    return look_score(data, model, base, Display(quiet=True))
+    return look_score(data, make_settings(LookSettings, {"model": model, **settings}), Display(quiet=True))
 
 
-def evaluate(*, model: str, data: str, base: str | None = None) -> dict[str, Any]:
+def evaluate(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
     """Held-out NLL (nats per token) with its interval and the other measures, as ``likely evaluate --json`` prints.
+
+    Args:
+        **settings: any other field of :class:`likely.config.LookSettings`, such as ``base`` or ``columns``.
 
     Raises:
         LikelyError: of the kind that fits the fault.
     """
+    from likely.config import LookSettings, make_settings
     from likely.look import evaluate as look_evaluate
     from likely.training.log import Display
 
-    return look_evaluate(data, model, base, Display(quiet=True))
+    return look_evaluate(data, make_settings(LookSettings, {"model": model, **settings}), Display(quiet=True))

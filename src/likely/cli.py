@@ -22,6 +22,7 @@ from likely.config import (
     CheckSettings,
     Config,
     ExplainSettings,
+    LookSettings,
     make_config,
     make_settings,
     over_file,
@@ -45,8 +46,6 @@ app = typer.Typer(
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.EFBIG}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, and nothing else there")]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="a JSONL file")]
-Model = Annotated[str, typer.Option("--model", help=str(Config.model_fields["model"].description))]
-Base = Annotated[str | None, typer.Option("--base", help="a second model to compare with")]
 
 
 def _flag_type(annotation: Any) -> Any:
@@ -161,14 +160,15 @@ def demo(
     _print_run(result.report, result.folder, as_json)
 
 
-@app.command()
+@app.command("score")
+@_with_flags(LookSettings)
 def score(
+    settings: dict[str, Any],
     data: Data,
-    model: Model,
     output: Annotated[Path, typer.Option("--output", help="JSONL file to write")],
-    base: Base = None,
 ) -> None:
     """Write the exact log-likelihood of every token of every example."""
+    asked = make_settings(LookSettings, settings)
     from likely import look
     from likely.training.log import Display
 
@@ -179,7 +179,7 @@ def score(
     try:
         # A name that is no UTF-8 becomes a JSON escape.
         with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for record in look.score(data, model, base, display):
+            for record in look.score(data, asked, display):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 total_nats += record["nll_nats"]
                 total_tokens += record["num_tokens"]
@@ -213,17 +213,19 @@ def _is_same_file(output: Path, data: str) -> bool:
         return False
 
 
-@app.command()
-def evaluate(data: Data, model: Model, base: Base = None, as_json: Json = False) -> None:
+@app.command("evaluate")
+@_with_flags(LookSettings)
+def evaluate(settings: dict[str, Any], data: Data, as_json: Json = False) -> None:
     """Held-out negative log-likelihood with its interval, beside a base model's."""
+    asked = make_settings(LookSettings, settings)
     from likely import look
     from likely.training.log import Display
 
-    result = look.evaluate(data, model, base, Display())
+    result = look.evaluate(data, asked, Display())
     if as_json:
         _print(json.dumps(result))
         return
-    for name, figures in ((model, result), (base, result["base"])):
+    for name, figures in ((asked.model, result), (asked.base, result["base"])):
         if figures:
             interval = "" if figures["ci95"] is None else " [{:.4f}, {:.4f}]".format(*figures["ci95"])
             _print(

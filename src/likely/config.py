@@ -216,6 +216,26 @@ class CheckSettings(BaseModel):
     processes: PositiveInt | None = Field(None, description="worker processes [one for each processor]")
 
 
+class LookSettings(BaseModel):
+    """What ``likely score`` and ``likely evaluate`` are asked. The data are read as a training reads its held-out data,
+    so that whatever was trained on can be scored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: Name = _as_in_training("model")
+    base: Name | None = Field(None, description="a second model to compare with")
+    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = _as_in_training(
+        "format"
+    )
+    columns: str | None = _as_in_training("columns")
+    template: Literal["auto", "chat", "raw"] = _as_in_training("template")
+    template_date: Day = _as_in_training("template_date")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a row that is wrong, or leave it out")
+    on_too_long: Literal["error", "drop", "truncate_left", "truncate_right"] = _as_in_training("on_too_long")
+    max_length: PositiveInt | None = _as_in_training("max_length")
+    seed: int = Field(0, ge=0, lt=2**64, description="chooses the rows of a mix of files")
+
+
 Kind = TypeVar("Kind", bound=BaseModel)
 
 

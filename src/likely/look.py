@@ -7,30 +7,31 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from likely.config import ExplainSettings
+from likely.config import ExplainSettings, LookSettings
 from likely.data.cache import load_kept
+from likely.data.formats import ReadOptions, parse_columns
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, load_tokenizer
 from likely.insight import evaluate as evaluation
 from likely.insight import explain as explanation
 from likely.insight.lens import compare_next_token
 from likely.model import load as models
-from likely.model.place import check_same_tokens, check_token_ids, find_model, read_context_length
+from likely.model.place import check_same_tokens, check_token_ids, choose_max_length, find_model
 from likely.training.log import Display
 from likely.types import ROLES, Conversation, Example, ExampleScore, Message, Source
 
 COMMAND_LINE = Source("the command line", 0)
 
 
-def score(data: str, model: str, base: str | None, display: Display) -> Iterator[dict[str, Any]]:
-    """One record per example, in the file's order, also of those without any weight: its NLL under ``model`` and the
-    log-probability of every token, and beside it under ``base``.
+def score(data: str, asked: LookSettings, display: Display) -> Iterator[dict[str, Any]]:
+    """One record per example, in the file's order, also of those without any weight: its NLL under the model and the
+    log-probability of every token, and beside it under the base.
 
     Yields:
         ``{"source", "nll_nats", "num_tokens", "tokens": [{"id", "text", "role", "weight", "logprob", "rank", "entropy",
         "base_logprob"}]}``; null where nothing predicts the token.
     """
-    examples, tokenizer, scores, base_scores = _score_all(data, model, base, display, keep_unweighted=True)
+    examples, tokenizer, scores, base_scores = _score_all(data, asked, display, keep_unweighted=True)
     for i, (example, own) in enumerate(zip(examples, scores, strict=True)):
         other = base_scores[i].logprob_T if base_scores else [math.nan] * len(example.token_ids_T)
         nll_N, weight_N = evaluation.nll_per_example([example], [own])
@@ -63,9 +64,9 @@ def score(data: str, model: str, base: str | None, display: Display) -> Iterator
         }
 
 
-def evaluate(data: str, model: str, base: str | None, display: Display) -> dict[str, Any]:
-    """Held-out figures of a model, of ``base`` on the same examples, and their difference with paired intervals."""
-    examples, tokenizer, scores, base_scores = _score_all(data, model, base, display)
+def evaluate(data: str, asked: LookSettings, display: Display) -> dict[str, Any]:
+    """Held-out figures of a model, of its base on the same examples, and their difference with paired intervals."""
+    examples, tokenizer, scores, base_scores = _score_all(data, asked, display)
     result: dict[str, Any] = {**asdict(evaluation.summarize(examples, scores, tokenizer)), "base": None, "delta": None}
     if base_scores is not None:
         result["base"] = asdict(evaluation.summarize(examples, base_scores, tokenizer))
@@ -74,13 +75,22 @@ def evaluate(data: str, model: str, base: str | None, display: Display) -> dict[
 
 
 def _score_all(
-    data: str, name: str, base: str | None, display: Display, *, keep_unweighted: bool = False
+    data: str, asked: LookSettings, display: Display, *, keep_unweighted: bool = False
 ) -> tuple[Sequence[Example], Any, list[ExampleScore], list[ExampleScore] | None]:
-    """The examples as ``name`` reads them, its tokenizer, and the scores of those same tokens under it and ``base``."""
+    """The examples as the model reads them, its tokenizer, and the scores of these tokens under it and its base."""
+    name, base = asked.model, asked.base
     place = find_model(name)
     tokenizer = load_tokenizer(place.tokenizer)
-    length = read_context_length(place)
-    dataset = load_kept(data, Renderer(tokenizer), length, display.track, keep_unweighted=keep_unweighted)
+    renderer = Renderer(tokenizer, template=asked.template, template_date=asked.template_date)
+    columns = parse_columns(asked.columns) if asked.columns is not None else {}
+    options = ReadOptions(asked.format, columns, asked.on_bad_row == "skip", asked.seed)
+    length = choose_max_length(place, asked.max_length)
+    dataset = load_kept(
+        data, renderer, length, display.track, options, asked.on_too_long, keep_unweighted=keep_unweighted
+    )
+    if asked.on_bad_row != "error" or asked.on_too_long != "error":  # then not every row may be among the figures
+        for line in dataset.told:
+            display.say(line)
     check_token_ids(place, dataset.examples)
     if base is not None:
         other = load_tokenizer(find_model(base).tokenizer)
