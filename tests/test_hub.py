@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+import likely
 from likely.data.dataset import Dataset, load_dataset
 from likely.data.formats import ReadOptions
 from likely.data.hub import full_name, is_hub_id
@@ -82,6 +83,15 @@ def test_mixes(asked: list[Any], load: Any, tmp_path: Path) -> None:
     assert absolute_parts("org/name") == "org/name:train"
     dataset = load("org/name:test,own.jsonl")
     assert [e.source for e in dataset.examples][1:] == [Source("org/name:test", 2), Source("own.jsonl", 1)]
+
+
+def test_check_reads_them_too(asked: list[Any], load: Any, tiny_model_dir: Path) -> None:
+    result = likely.check(model=str(tiny_model_dir), data="org/name", processes=1)
+    assert asked[-1] == ("org/name", None, "train")
+    assert not result["ok"]
+    assert result["data"]["path"] == "org/name:train"
+    assert list(result["proof"]["refused"]["listed"]) == [3]
+    assert [row["source"] for row in result["shown"]] == ["org/name:train:1", "org/name:train:2"]
 
 
 def test_what_can_t_be_had_is_one_line(asked: list[Any], load: Any) -> None:

@@ -111,23 +111,23 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         LikelyError: there is no such file or model, or the tokenizer can't be used.
     """
     started = time.perf_counter()
+    data = _one_file(data)
+    eval_data = _one_file(settings.eval_data) if settings.eval_data is not None else None
     supervision = Supervision(settings.train_on, settings.prompt_weight)
     writing = Writing(supervision, settings.template, settings.template_date)
     place = find_model(settings.model)
-    job = Job(place, writing, _one_file(data), settings.format, settings.columns, settings.max_length)
+    job = Job(place, writing, data, settings.format, settings.columns, settings.max_length)
     with Workers(settings.processes) as workers:
         limit, has_template = next(workers.map(_prepare, [job]))
         job = replace(job, max_length=limit)
         if settings.show is not None:
             shown = _show(workers, job, [_wanted_line(settings.show, data)])
             return {"ok": True, "shown": shown}
-        facts = _survey_file(workers, job, display, separately=settings.eval_data is not None)
+        facts = _survey_file(workers, job, display, separately=eval_data is not None)
         held_out = None
-        if settings.eval_data is not None:
+        if eval_data is not None:
             # Held-out data is always judged by the answers, whatever training gives weight to.
-            judge = replace(
-                job, writing=replace(writing, supervision=Supervision()), path=_one_file(settings.eval_data)
-            )
+            judge = replace(job, writing=replace(writing, supervision=Supervision()), path=eval_data)
             held_out = _survey_file(workers, judge, display, separately=True)
         surveyed = time.perf_counter()
         proof = checking.prove(facts, limit)
@@ -144,11 +144,11 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         "verdict": checking.verdict(wrong, tables),
         "wrong": wrong,
         "data": _file(data, facts, has_template),
-        "eval_data": held_out and _file(str(settings.eval_data), held_out, has_template),
+        "eval_data": held_out and _file(str(eval_data), held_out, has_template),
         "model": settings.model,
         "shown": shown,
         "proof": proof,
-        "audit": {kind: table.to_dict(_file_of(kind, data, settings.eval_data)) for kind, table in tables.items()},
+        "audit": {kind: table.to_dict(_file_of(kind, data, eval_data)) for kind, table in tables.items()},
         "floor": checking.likelihood_floor(facts),
         "cost": sharing,
         "lengths": checking.histogram(facts, limit),
