@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from likely import stops
+from likely.errors import ResourceError
 
 
 def main() -> None:
@@ -17,6 +18,9 @@ def main() -> None:
     except stops.Stopped as stopped:
         sys.stderr.write(f"error: {stopped}\n")
         sys.exit(stopped.exit_code)
+    except (ImportError, OSError, MemoryError) as error:  # before the command line could say so itself
+        sys.stderr.write(f"error: the program can't be loaded: {' '.join(str(error).split())}\n")
+        sys.exit(ResourceError.exit_code)
 
 
 if __name__ == "__main__":

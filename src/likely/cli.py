@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import inspect
 import json
 import os
@@ -43,7 +42,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 # What a file system says of itself, not of what it was asked.
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG, errno.EFBIG}
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, and nothing else there")]
 Data = Annotated[str, typer.Argument(metavar="DATA", help="a JSONL file")]
 
@@ -355,8 +353,9 @@ def _explain(error: BaseException) -> tuple[str, int]:
         text, code = "interrupted", 130
     elif hasattr(error, "format_message"):  # a usage error of the command line parser
         text, code = error.format_message(), 2
-    elif isinstance(error, OSError) and error.errno in DISK:
-        text, code = f"{error.filename or 'writing'}: {error.strerror}", ResourceError.exit_code
+    elif isinstance(error, OSError):  # of the machine, or it would have been met where it arose
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        code = ResourceError.exit_code
     elif is_out_of_memory(error):
         text, code = "out of memory; lower --pack-tokens, or use --tune lora", ResourceError.exit_code
     return redact(" ".join(text.split())), code

@@ -11,7 +11,9 @@ LikelyError            1  a bug of ours
 
 import re
 
-OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cannot allocate memory", re.IGNORECASE)
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|failed to map segment", re.IGNORECASE
+)
 
 
 class LikelyError(Exception):

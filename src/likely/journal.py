@@ -35,6 +35,8 @@ class Journal:
     save: Callable[[State], None] = lambda _: None
     evaluate: Callable[[], Evaluation] | None = None
     show: Callable[[StepMetrics], None] = lambda _: None
+    say: Callable[[str], None] = lambda _: None
+    require: Callable[[], None] = lambda: None  # that the run folder still is ours
     eval_every: int | None = None
     save_every: int | None = None
     skip_nonfinite: int = 0
@@ -51,6 +53,8 @@ class Journal:
 
     def remember(self, state: State) -> None:
         """Go back to a state that was saved."""
+        if self.metrics.size < state.metrics_bytes:
+            self.say("metrics.jsonl is shorter than when the checkpoint was saved: its lines are lost, the run goes on")
         for line in self.metrics.rewind(state.metrics_bytes):
             if "nll" in line:
                 self.steps.append(StepMetrics(**line))
@@ -61,6 +65,7 @@ class Journal:
 
     @contextmanager
     def updating(self) -> Iterator[None]:
+        self.require()
         with stops.shield():
             self._whole = False  # and never again, if the update or its line fails
             yield
@@ -76,9 +81,11 @@ class Journal:
         if self.skipped >= self.skip_nonfinite:
             raise error
         with stops.shield():
+            self.require()
             self.metrics.write({"step": step, "skipped": str(error)})
             self.skipped += 1
             self.step = step
+        self.say(f"left out ({self.skipped} of at most {self.skip_nonfinite}): {error.place}: {error.message}")
 
     def between_steps(self, step: int) -> None:
         stops.check()
@@ -124,6 +131,7 @@ class Journal:
         """Save the state after the last whole step, unless that was done or the weights are no longer those."""
         if self.step == self._saved_step or not self._whole:
             return
+        self.require()
         with stops.shield():
             started = time.monotonic()
             self.save(self.state)

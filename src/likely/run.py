@@ -30,7 +30,7 @@ from likely.model.forward import LanguageModel
 from likely.model.generate import greedy_answers
 from likely.model.place import Place, check_token_ids, choose_max_length, find_model
 from likely.training import engine
-from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint, saved_steps
+from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint
 from likely.training.log import Display, MetricsFile
 from likely.training.optim import build_optimizer
 from likely.types import Example, ExampleScore
@@ -69,36 +69,29 @@ def train(config: Config, display: Display) -> Run:
         LikelyError: of the kind that fits; the folder is left as it was if the input is at fault.
         Stopped: by a signal, after saving what is done.
     """
-    with stops.listening(), run_folder.claimed(config.output, resume=config.resume is not None) as folder:
+    with stops.listening(), run_folder.claimed(config.output, resume=config.resume is not None) as claim:
         try:
-            return _train(config, folder, display)
+            return _train(config, claim, display)
         except stops.Stopped as stopped:
-            raise stops.Stopped(stopped.signum, f"{stopped}; {_how_to_go_on(folder)}") from None
+            raise stops.Stopped(stopped.signum, f"{stopped}; {claim.how_to_go_on()}") from None
         except Exception as error:
             if not isinstance(error, LikelyError) and is_out_of_memory(error):
-                way_out = f"lower --pack-tokens or use --tune lora; {_how_to_go_on(folder)}"
-                raise ResourceError("out of memory", place=str(folder), way_out=way_out) from error
+                way_out = f"lower --pack-tokens or use --tune lora; {claim.how_to_go_on()}"
+                raise ResourceError("out of memory", place=config.output, way_out=way_out) from error
             raise
 
 
-def _how_to_go_on(folder: Path) -> str:
-    saved = saved_steps(folder / "checkpoints")
-    if not saved and not (folder / "model").is_dir():
-        return "no step was done, so nothing was saved"
-    what = "the tuned model" if (folder / "model").is_dir() else name_of(saved[-1])
-    return f"{what} is saved: go on with likely train --resume --output {folder}"
-
-
-def _train(config: Config, folder: Path, display: Display) -> Run:
+def _train(config: Config, claim: run_folder.Claim, display: Display) -> Run:
+    folder = claim.folder
     start = run_folder.find_start(folder, config.resume, display.say)
     if start.finished:
         display.say(f"{folder}: this run is finished, so there is nothing to resume")
-        return Run(folder, json.loads((folder / "report.json").read_bytes()))
+        return Run(folder, run_folder.read_report(folder) or {})
     inputs = _read_inputs(config, display)
     model = _load(inputs)
     if not model.shares:
         display.say("this model's layers can't follow a branching prefix: each example is computed on its own")
-    session = _begin(inputs, model, start, folder, display)
+    session = _begin(inputs, model, start, claim, display)
     before = _look(model, inputs, display, "base")
     if before:
         session.journal.record(0, before.summary)
@@ -229,7 +222,7 @@ class _Session:
     """A training under way. ``about`` goes into the manifest of all that is saved."""
 
     inputs: _Inputs
-    folder: Path
+    claim: run_folder.Claim
     display: Display
     total: int
     origins: dict[str, Any]
@@ -237,9 +230,11 @@ class _Session:
     journal: Journal
 
 
-def _begin(inputs: _Inputs, model: LanguageModel, start: run_folder.Start, folder: Path, display: Display) -> _Session:
+def _begin(
+    inputs: _Inputs, model: LanguageModel, start: run_folder.Start, claim: run_folder.Claim, display: Display
+) -> _Session:
     """Write down what is about to be done, after comparing it with what was begun."""
-    config = inputs.config
+    config, folder = inputs.config, claim.folder
     total = num_steps(len(inputs.data.examples), config.batch_size, config.epochs, config.steps)
     origins = provenance.describe(
         model, inputs.place, inputs.tokenizer, inputs.data, inputs.eval_data, seed=config.seed, num_steps=total
@@ -255,8 +250,9 @@ def _begin(inputs: _Inputs, model: LanguageModel, start: run_folder.Start, folde
         run_folder.refuse_changes(start.manifest, about, folder)
     require_disk(folder, models.bytes_to_save(model))
     with storage.disk_errors(folder, "the run's settings"):
-        storage.replace_file(folder / "config.yaml", to_yaml(config).encode())
+        # run.json comes first: it says that what else is there is a run's.
         storage.replace_file(folder / "run.json", (json.dumps(origins, indent=2) + "\n").encode())
+        storage.replace_file(folder / "config.yaml", to_yaml(config).encode())
         for name, dataset in (("rejected.jsonl", inputs.data), ("rejected-eval.jsonl", inputs.eval_data)):
             if dataset and dataset.rejected:
                 storage.replace_file(folder / name, dataset.rejected_lines().encode())
@@ -266,10 +262,12 @@ def _begin(inputs: _Inputs, model: LanguageModel, start: run_folder.Start, folde
         eval_every=config.eval_every,
         save_every=config.save_every,
         skip_nonfinite=config.skip_nonfinite,
+        say=display.say,
+        require=claim.require,
     )
     if start.state is not None:
         journal.remember(start.state)
-    return _Session(inputs, folder, display, total, origins, about, journal)
+    return _Session(inputs, claim, display, total, origins, about, journal)
 
 
 def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start) -> None:
@@ -277,14 +275,16 @@ def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start)
     optimizer = build_optimizer(model.network.parameters(), config.weight_decay)
     if start.checkpoint is not None:
         restore(start.checkpoint, model.network, optimizer)
+        session.claim.saved.append(name_of(journal.step))
         display.say(f"going on after step {journal.step} of {session.total}")
-    checkpoints = session.folder / "checkpoints"
+    checkpoints = session.claim.folder / "checkpoints"
 
     def save_model(path: Path) -> None:
         models.save_model(model, inputs.tokenizer, path)
 
     def save(state: State) -> None:
         saved = save_checkpoint(checkpoints, state, model.network, optimizer, save_model, session.about)
+        session.claim.saved.append(saved.name)
         display.say(f"saved {saved}")
         rotate(checkpoints, state.step, config.keep_checkpoints, [journal.best[0]] if journal.best else [])
 
@@ -320,8 +320,9 @@ def _plan(config: Config, total: int) -> engine.TrainingPlan:
 
 def _save_tuned(save_model: Callable[[Path], None], session: _Session) -> None:
     """RUN/model, at once after the last step: from then on only the looks and the report are left to do."""
-    final = session.folder / "model"
+    final = session.claim.folder / "model"
     unfinished = storage.unfinished_name(final)
+    session.claim.require()
     with stops.shield(), storage.disk_errors(final, "the tuned model"):
         try:
             with manifest.Seal(unfinished) as seal:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from likely.errors import ConfigError, ModelError
 from likely.training.checkpoint import Checkpoint, State, name_of, newest_valid, open_checkpoint, saved_steps
 
 # What stands in a folder before anything of worth does.
-BEGINNING = {"config.yaml", "run.json", "metrics.jsonl", "checkpoints"}
+BEGINNING = {"config.yaml", "run.json", "metrics.jsonl", "rejected.jsonl", "rejected-eval.jsonl", "checkpoints"}
 # Settings that change no weight and no score. Where the data and the model stand may change too: their content may not.
 FREE = {
     "data",
@@ -45,10 +44,28 @@ class Start:
     finished: bool = False
 
 
+@dataclass(frozen=True)
+class Claim:
+    """A folder that this process holds. ``require`` raises a ResourceError once it is no longer the one that was
+    locked; ``saved`` names what this process saved or went on from, the newest last."""
+
+    folder: Path
+    require: Callable[[], None]
+    saved: list[str] = field(default_factory=list)
+
+    def how_to_go_on(self) -> str:
+        """For whoever sees the process end early."""
+        command = f"go on with likely train --resume --output {self.folder}"
+        if self.saved:
+            return f"{self.saved[-1]} is saved: {command}"
+        begun = _names(self.folder) and not _is_beginning(self.folder)
+        return f"nothing new was saved: {command}" if begun else "no step was done, so nothing was saved"
+
+
 @contextmanager
-def claimed(output: str, *, resume: bool) -> Iterator[Path]:
-    """Make the folder if need be and hold its lock. If it was empty and nothing of worth was saved in it, it is left as
-    it was found.
+def claimed(output: str, *, resume: bool) -> Iterator[Claim]:
+    """Make the folder if need be and hold its lock. If it was free and nothing of worth was saved in it, it is left
+    empty; whatever a run did not write itself is never touched.
 
     Raises:
         ConfigError: it is a file, or holds something already and is not to be resumed.
@@ -62,22 +79,23 @@ def claimed(output: str, *, resume: bool) -> Iterator[Path]:
     with storage.disk_errors(folder, "the run folder"):
         storage.make_folder(folder.absolute(), above=True)
     try:
-        with storage.locked(folder):
+        with storage.locked(folder) as require:
             storage.sweep(folder)
             storage.sweep(folder / "checkpoints")
-            if not resume and _is_of_worth(folder):
+            free = not _names(folder) or _is_beginning(folder)
+            if not free and not (resume and _holds_a_run(folder)):
                 raise ConfigError(
                     "the run folder is not empty",
                     place=output,
                     way_out="go on with it by --resume, name another --output, or remove it",
                 )
-            if not _is_of_worth(folder):
+            if free:
                 _clear(folder)
             try:
-                yield folder
+                yield Claim(folder, require)
             except BaseException:
                 storage.sweep(folder)
-                if not _is_of_worth(folder):
+                if free and _is_beginning(folder):
                     _clear(folder)
                 raise
     except BaseException:
@@ -87,15 +105,25 @@ def claimed(output: str, *, resume: bool) -> Iterator[Path]:
         raise
 
 
-def _is_of_worth(folder: Path) -> bool:
-    names = {p.name for p in folder.iterdir()} - {storage.LOCK} if folder.is_dir() else set()
-    return bool(names - BEGINNING) or bool(saved_steps(folder / "checkpoints")) or names == {"checkpoints"}
+def _names(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} - {storage.LOCK} if folder.is_dir() else set()
+
+
+def _is_beginning(folder: Path) -> bool:
+    """Whether all that is there was written by a run before it saved anything: it writes run.json first."""
+    names = _names(folder)
+    saved = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
+    return "run.json" in names and names <= BEGINNING and not saved
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return (folder / "run.json").is_file() or bool(saved_steps(folder / "checkpoints"))
 
 
 def _clear(folder: Path) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if path.name in BEGINNING:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def find_start(folder: Path, resume: str | None, say: Callable[[str], None]) -> Start:
@@ -104,17 +132,16 @@ def find_start(folder: Path, resume: str | None, say: Callable[[str], None]) -> 
     Raises:
         ModelError: there are checkpoints and none is whole, or the one asked for is not.
     """
-    begun = _is_of_worth(folder)
-    if begun and not (folder / "run.json").is_file():
+    if resume is None or not _names(folder):
+        if resume is not None:
+            say(f"{folder}: nothing to resume yet, the run starts from the beginning")
+        return Start()
+    if not (folder / "run.json").is_file():
         raise ModelError(
             "there is no run.json, so nothing says which run these files are of",
             place=str(folder),
             way_out="restore it from a backup, or name another --output",
         )
-    if resume is None or not begun:
-        if resume is not None:
-            say(f"{folder}: nothing to resume yet, the run starts from the beginning")
-        return Start()
     run_id = _run_id(folder)
     if (folder / "model").exists():
         try:
@@ -122,7 +149,7 @@ def find_start(folder: Path, resume: str | None, say: Callable[[str], None]) -> 
             if content.get("run_id") != run_id:
                 raise ModelError("it belongs to another run", place=str(folder / "model"))
             state = State.of(content["state"])
-            return Start(run_id, content, state, trained=True, finished=(folder / "report.json").is_file())
+            return Start(run_id, content, state, trained=True, finished=read_report(folder) is not None)
         except ModelError as error:
             say(f"passed over: {error}")
     if resume == "newest":
@@ -135,6 +162,15 @@ def find_start(folder: Path, resume: str | None, say: Callable[[str], None]) -> 
         say(f"{folder}: no checkpoint yet, the run starts from the beginning")
         return Start()
     return Start(run_id, checkpoint.manifest, checkpoint.state, checkpoint)
+
+
+def read_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a finished run; None where it is not there or not whole."""
+    try:
+        report = json.loads((folder / "report.json").read_bytes())
+        return dict(report) if report["verdict"] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _run_id(folder: Path) -> str:

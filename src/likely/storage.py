@@ -12,7 +12,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -67,7 +67,10 @@ def disk_errors(place: Path, what: str) -> Iterator[None]:
         yield
     except LikelyError:
         raise
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
+        # tokenizers has no class of its own for it.
+        if not (isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)):
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise ResourceError(
             f"{what} can't be written: {reason}",
@@ -187,22 +190,42 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Hold a folder against other processes. The lock goes with the process, however it ends.
+
+    Yields:
+        A check that the folder of this name still is the one that was locked; it raises a ResourceError if not.
 
     Raises:
         LockedError: another process holds it.
         ResourceError: the folder can't be written to, or its file system has no locks.
     """
-    path = folder / LOCK
+    path = (folder / LOCK).absolute()
     with disk_errors(path, "the lock"):
         descriptor = _take(path)
+
+    def require() -> None:
+        if not _is_at(descriptor, path):
+            raise ResourceError(
+                "the run folder was moved, removed or replaced while the run worked in it",
+                place=str(folder),
+                way_out="bring it back, then continue with --resume",
+            )
+
     try:
-        yield
+        yield require
     finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if _is_at(descriptor, path):
+            with contextlib.suppress(OSError):
+                path.unlink()
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
 
 
 def _take(path: Path) -> int:
@@ -211,7 +234,7 @@ def _take(path: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The last holder may have removed the file between our open and our lock.
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(descriptor)):
+            if _is_at(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()}\n".encode())
                 return descriptor

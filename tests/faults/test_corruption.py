@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import world
+from safetensors.torch import load_file, save_file
 
 import likely
 from likely import manifest
@@ -134,6 +136,72 @@ def test_edited_manifests(checkpoints: Path, name: str, edit: Any) -> None:
     edit(content)
     path.write_bytes(manifest._text({**content, "manifest_sha256": manifest._digest(content)}))
     assert_passed_over(checkpoints)
+
+
+def edit_state(**changes: Any) -> Any:
+    def change(folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_bytes()) | changes
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    return change
+
+
+def edit_tensors(name: str, change: Any) -> Any:
+    def edit(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        change(tensors)
+        save_file(tensors, folder / name)
+
+    return edit
+
+
+def drop_one(tensors: dict[str, Any]) -> None:
+    del tensors[min(tensors)]
+
+
+def another_kind(tensors: dict[str, Any]) -> None:
+    key = next(k for k in tensors if k.endswith(".step"))
+    tensors[key] = torch.zeros(2, dtype=torch.int64)
+
+
+def not_finite(tensors: dict[str, Any]) -> None:
+    tensors[max(tensors)] = torch.full_like(tensors[max(tensors)], torch.nan)
+
+
+FORGERIES = [
+    edit_state(step=5),
+    edit_state(step="4"),
+    edit_state(step=True),
+    edit_state(metrics_bytes=-1),
+    edit_state(metrics_bytes="x"),
+    edit_state(skipped=None),
+    edit_state(best="ab"),
+    edit_state(best=[1]),
+    edit_state(more=1),
+    edit_tensors("optimizer.safetensors", dict.clear),
+    edit_tensors("optimizer.safetensors", drop_one),
+    edit_tensors("optimizer.safetensors", another_kind),
+    edit_tensors("optimizer.safetensors", not_finite),
+    edit_tensors("random.safetensors", lambda t: t.update(cpu=t["cpu"][:9].clone())),
+    edit_tensors("random.safetensors", dict.clear),
+    lambda folder: (folder / "optimizer.safetensors").write_bytes(b"nothing"),
+    lambda folder: (folder / "state.json").write_bytes(b"[]"),
+]
+
+
+@pytest.mark.parametrize("forge", FORGERIES)
+def test_forged_states(lora_world: Any, checkpoints: Path, forge: Any) -> None:
+    """Changed by somebody who mends the manifest as well."""
+    folder = checkpoints / name_of(6)
+    content = manifest.read(folder)
+    forge(folder)
+    (folder / manifest.NAME).unlink()
+    with manifest.Seal(folder) as seal:
+        seal.close({key: value for key, value in content.items() if key not in {"schema", "files"}})
+    shutil.rmtree(checkpoints.parent / "model")
+    (checkpoints.parent / "report.json").unlink()
+    with pytest.raises(ModelError, match=r"step-000006"):
+        world.train(checkpoints.parent, lora_world.settings, resume="step-6")
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"null", b"{", b"[" * 100_000, b"\xff\xfe", b'{"schema": 1}', b"7"])

@@ -319,6 +319,73 @@ def test_a_run_without_its_run_json(lora_world: Any, tmp_path: Path) -> None:
     assert before == sorted(run.rglob("*"))
 
 
+@pytest.mark.parametrize("resume", [None, "newest"])
+def test_files_of_others_are_never_touched(lora_world: Any, tmp_path: Path, resume: str | None) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "epoch_9.ckpt").write_text("mine", encoding="utf-8")
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).write_text("mine", encoding="utf-8")
+    before = {p: p.read_text(encoding="utf-8") for p in run.rglob("*") if p.is_file()}
+    for chosen in (lora_world.settings, lora_world.settings | {"data": str(tmp_path / "missing.jsonl")}):
+        with pytest.raises(ConfigError):
+            world.train(run, chosen, resume=resume)
+    assert before == {p: p.read_text(encoding="utf-8") for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_folder_that_was_swapped(lora_world: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Another process may have begun a run of its own under the same name."""
+    run, done = tmp_path / "run", 0
+
+    def compute(*arguments: Any) -> Any:
+        nonlocal done
+        done += 1
+        if done == 3:
+            run.rename(tmp_path / "moved")
+            (run / "checkpoints").mkdir(parents=True)
+            (run / "metrics.jsonl").write_text("theirs\n", encoding="utf-8")
+        return compute_gradient(*arguments)
+
+    monkeypatch.setattr("likely.training.engine.compute_gradient", compute)
+    with pytest.raises(ResourceError, match="moved, removed or replaced"):
+        world.train(run, lora_world.settings)
+    assert (run / "metrics.jsonl").read_text(encoding="utf-8") == "theirs\n"
+    assert sorted(p.name for p in run.rglob("*")) == ["checkpoints", "metrics.jsonl"]
+    assert saved_steps(tmp_path / "moved" / "checkpoints") == [2]
+
+
+def test_lost_or_broken_metrics(lora_world: Any, tmp_path: Path, capsys: Any) -> None:
+    run = unfinished(lora_world, tmp_path / "run")
+    (run / "metrics.jsonl").write_text("[1]\n" * 400, encoding="utf-8")
+    with pytest.raises(ModelError, match=r"metrics.jsonl:1: no line of metrics"):
+        world.train(run, lora_world.settings, resume="step-4")
+    (run / "metrics.jsonl").unlink()
+    world.train(run, lora_world.settings, resume="step-4")
+    assert "metrics.jsonl is shorter" in capsys.readouterr().err
+    weights = "adapter_model.safetensors"
+    assert world.outcome(run)[weights] == lora_world.reference[weights]
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", "null"])
+def test_a_broken_report_is_written_again(lora_world: Any, tmp_path: Path, text: str) -> None:
+    shutil.copytree(lora_world.undisturbed, tmp_path / "run")
+    (tmp_path / "run" / "report.json").write_text(text, encoding="utf-8")
+    world.train(tmp_path / "run", lora_world.settings, resume="newest")
+    assert world.outcome(tmp_path / "run") == lora_world.reference
+
+
+def test_two_runs_hold_the_same_state(full_world: Any, tmp_path: Path) -> None:
+    torch.manual_seed(99)
+    world.train(tmp_path / "run", full_world.settings)
+    for name in ("random.safetensors", "optimizer.safetensors", "state.json"):
+        one, other = (
+            (run / "checkpoints" / name_of(6) / name).read_bytes() for run in (tmp_path / "run", full_world.undisturbed)
+        )
+        if name == "state.json":  # its metrics have seconds of other lengths
+            one, other = (json.dumps(json.loads(raw) | {"metrics_bytes": 0}).encode() for raw in (one, other))
+        assert one == other, name
+
+
 def test_what_is_given_stays_as_it_is(any_world: Any, tmp_path: Path) -> None:
     given = [Path(any_world.settings["model"]), any_world.folder]
     files = [p for place in given for p in place.glob("*") if p.is_file()]

@@ -168,6 +168,8 @@ def load_for_training(
     place = find_model(name)
     if place.adapter is not None:
         _check_tuning(place, name, tuning)
+    # Whatever a layer may draw in training is a function of the seed.
+    torch.manual_seed(tuning.seed)
     network = read_network(place, dtype=torch.float32, trainable=True)
     if tuning.lora_rank is not None and place.adapter is None:
         network = add_lora(network, rank=tuning.lora_rank, alpha=tuning.lora_alpha, seed=tuning.seed)

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from likely import manifest, storage
-from likely.errors import ModelError, ResourceError
+from likely.errors import ModelError, ResourceError, first_line
 from likely.stops import shield
 
 FOLDER = re.compile(r"step-(\d{6,12})")
@@ -40,8 +41,16 @@ class State:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> State:
-        """The state that ``asdict`` and JSON made ``values`` of."""
-        return cls(**{**values, "best": tuple(values["best"]) if values["best"] else None})
+        """The state that ``asdict`` and JSON made ``values`` of.
+
+        Raises:
+            ValueError: they are not of a state.
+        """
+        best = values["best"]
+        counts = [values["step"], values["metrics_bytes"], values["skipped"], *([best[0]] if best else [])]
+        if not all(type(count) is int and count >= 0 for count in counts) or (best and type(best[1]) is not float):
+            raise ValueError(f"no state of a run: {values}")
+        return cls(**{**values, "best": (best[0], best[1]) if best else None})
 
 
 def name_of(step: int) -> str:
@@ -126,8 +135,13 @@ def open_checkpoint(folder: Path, run_id: str) -> Checkpoint:
     if content.get("run_id") != run_id:
         raise ModelError("it belongs to another run", place=str(folder))
     try:
-        return Checkpoint(folder, State.of(json.loads((folder / "state.json").read_bytes())), content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = State.of(json.loads((folder / "state.json").read_bytes()))
+        if state.step != content["step"] or not {"config", "fingerprints"} <= {
+            k for k, v in content.items() if type(v) is dict
+        }:
+            raise ValueError(f"it and the manifest disagree: step {state.step}")
+        return Checkpoint(folder, state, content)
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ModelError(f"state.json can't be read: {error}", place=str(folder)) from error
 
 
@@ -158,29 +172,32 @@ def restore(checkpoint: Checkpoint, network: Any, optimizer: torch.optim.Optimiz
     Raises:
         ModelError: the moments are not those of the network's trainable parameters.
     """
-    _restore_optimizer(load_file(checkpoint.folder / "optimizer.safetensors"), network, optimizer, checkpoint.folder)
-    states = load_file(checkpoint.folder / "random.safetensors")
-    torch.set_rng_state(states["cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"cuda.{i}" in states:
-            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+    try:
+        moments = load_file(checkpoint.folder / "optimizer.safetensors")
+        if moments or checkpoint.state.step > checkpoint.state.skipped:  # else no step has made any
+            _restore_optimizer(moments, network, optimizer)
+        states = load_file(checkpoint.folder / "random.safetensors")
+        torch.set_rng_state(states["cpu"])
+        for i in range(torch.cuda.device_count()):
+            if f"cuda.{i}" in states:
+                torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"its state can't be restored: {first_line(error)}", place=str(checkpoint.folder)) from error
 
 
-def _restore_optimizer(
-    tensors: dict[str, torch.Tensor], network: Any, optimizer: torch.optim.Optimizer, folder: Path
-) -> None:
+def _restore_optimizer(tensors: dict[str, torch.Tensor], network: Any, optimizer: torch.optim.Optimizer) -> None:
     names = _trainable(network, optimizer)
-    wanted = {f"{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")}
-    # Before the first step AdamW has no moments at all.
-    if tensors and (wanted != set(tensors)):
-        strange = sorted(wanted ^ set(tensors))[0]
-        raise ModelError(f"the optimizer's moments are those of other parameters: {strange}", place=str(folder))
+    strange = {f"{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")} ^ set(tensors)
+    if strange:
+        raise ValueError(f"the optimizer's moments are those of other parameters: {min(strange)}")
     for name, parameter in names.items():
-        if not tensors:
-            break
         moments = {key: tensors[f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        if any(moments[key].shape != parameter.shape for key in ("exp_avg", "exp_avg_sq")):
-            raise ModelError(f"the optimizer's moments of {name} have another shape", place=str(folder))
+        shapes = {"step": torch.Size([]), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        for key, value in moments.items():
+            if value.shape != shapes[key] or value.dtype not in {torch.float32, parameter.dtype}:
+                raise ValueError(f"{name}.{key} is {value.dtype} of shape {tuple(value.shape)}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name}.{key} is not finite")
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from likely import storage
+from likely.errors import ModelError
 from likely.types import StepMetrics
 
 Item = TypeVar("Item")
@@ -44,14 +45,34 @@ class MetricsFile:
                 storage.sync_file(self._path)
                 storage.sync_folder(self._path.parent)
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file, whoever wrote them."""
+        return self._path.stat().st_size if self._path.is_file() else 0
+
     def rewind(self, num_bytes: int) -> list[dict[str, Any]]:
-        """Forget what stands after the first ``num_bytes`` bytes; the lines that stay."""
+        """Forget what stands after the first ``num_bytes`` bytes; the lines that stay.
+
+        Raises:
+            ModelError: a line that no run wrote.
+        """
         with storage.disk_errors(self._path, "the metrics"):
-            if self._path.exists() and self._path.stat().st_size > num_bytes:
+            if self.size > num_bytes:
                 storage.truncate(self._path, num_bytes)
             whole = self._path.read_bytes() if self._path.exists() else b""
         self.num_bytes = len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = []
+        for number, line in enumerate(whole.splitlines(), 1):
+            try:
+                lines.append({**json.loads(line)})
+                int(lines[-1]["step"])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise ModelError(
+                    f"no line of metrics: {error}",
+                    place=f"{self._path}:{number}",
+                    way_out="remove the file to go on without the lines so far",
+                ) from error
+        return lines
 
 
 class _Stderr:
