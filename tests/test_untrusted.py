@@ -580,6 +580,25 @@ def test_going_on_with_an_adapter_keeps_its_rank(adapter_dir: Path, data: str, t
     assert "rank 4," in run.report["facts"]["trained"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_labels", 10**9),
+        ("num_labels", "3"),
+        ("max_position_embeddings", -5),
+        ("max_position_embeddings", 1),
+        ("max_position_embeddings", "long"),
+        ("vocab_size", [1]),
+        ("rope_parameters", {"rope_type": ["dynamic"], "rope_theta": 1e4}),
+        ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": "x"}),
+    ],
+)
+def test_settings_of_another_type(model_dir: Path, key: str, value: Any) -> None:
+    path = model_dir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {key: value}), encoding="utf-8")
+    refused(str(model_dir), "config.json")
+
+
 # --- names ---
 
 

@@ -6,7 +6,8 @@ import re
 
 # Tokens of model hubs and providers by their usual prefixes, and the password of a URL.
 _CREDENTIAL = re.compile(
-    r"\b(?:hf_|sk-|gh[opsu]_|github_pat_|glpat-|xox[abp]-|AKIA)[\w-]{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)"
+    r"(?:(?<![A-Za-z0-9])(?:hf_|sk-|gh[opsur]_|github_pat_|glpat-|npm_|pypi-|xox[abp]-|AKIA|AIza))[\w-]{16,}"
+    r"|(?<=://)[^/\s@]+(?=@)"
 )
 
 

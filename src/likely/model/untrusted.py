@@ -31,6 +31,9 @@ MAX_JSON_BYTES = {"tokenizer.json": 128 << 20, "vocab.json": 128 << 20, INDEX: 3
 MAX_OTHER_JSON_BYTES = 8 << 20
 MAX_DEPTH = 32
 MAX_EXPERTS = 4096
+MAX_LABELS = 100_000  # of a classifier, which no model here is, but transformers makes a name for each
+# Numbers that are reckoned with before a model is built: key -> the least that makes sense.
+LEAST = {"max_position_embeddings": 2, "original_max_position_embeddings": 1, "model_max_length": 1, "vocab_size": 1}
 READ_BY_LIBRARIES = {".json", ".safetensors", ".jinja", ".txt", ".model"}
 JSON_OF_A_MODEL = ("config.json", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -236,6 +239,13 @@ def _check_settings(settings: dict[str, Any], path: Path) -> None:
             )
         if key.endswith("_implementation") and not _is_plain_word(value):
             raise refuse(f"{key} is {str(value)[:80]!r}, code that would be fetched", f"remove {key}")
+        least = LEAST.get(key)
+        if least and value is not None and (type(value) not in {int, float} or not value >= least):
+            raise refuse(f"{key} is {str(value)[:40]!r}", f"write a number of at least {least}")
+        if key == "rope_type" and value is not None and not isinstance(value, str):
+            raise refuse(f"{key} is {str(value)[:40]}", "write its name")
+        if key == "num_labels" and not (type(value) is int and 0 <= value <= MAX_LABELS):
+            raise refuse(f"{key} is {str(value)[:40]}", "remove it: a language model has no labels")
         if key == "transformers_weights" and value:
             raise refuse(f"{key} names other weights than {WEIGHTS}", f"rename the file and remove {key}")
         if key == "quantization_config" and value:
