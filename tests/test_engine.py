@@ -175,7 +175,8 @@ def test_checkpoint_holds_the_optimizer_and_no_pickle(tmp_path: Any, make_networ
     model: LanguageModel = connect(network, "tiny", compute_dtype=torch.float64)
     optimizer = build_optimizer(network.parameters(), 0.0)
     engine.train(model, make_examples(rows()), optimizer, replace(PLAN, num_steps=2), Seen())
-    folder = save_checkpoint(tmp_path, State(2, 0), network, optimizer, network.save_pretrained, {"run_id": "a"})
+    about: dict[str, Any] = {"run_id": "a", "config": {}, "fingerprints": {}}
+    folder = save_checkpoint(tmp_path, State(2, 0), network, optimizer, network.save_pretrained, about)
     assert folder.name == "step-000002"
     stored = load_file(folder / "optimizer.safetensors")
     for name, parameter in network.named_parameters():

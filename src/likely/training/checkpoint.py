@@ -136,10 +136,10 @@ def open_checkpoint(folder: Path, run_id: str) -> Checkpoint:
         raise ModelError("it belongs to another run", place=str(folder))
     try:
         state = State.of(json.loads((folder / "state.json").read_bytes()))
-        if state.step != content["step"] or not {"config", "fingerprints"} <= {
-            k for k, v in content.items() if type(v) is dict
-        }:
-            raise ValueError(f"it and the manifest disagree: step {state.step}")
+        if state.step != content["step"]:
+            raise ValueError(f"it is of step {state.step}")
+        if not all(isinstance(content.get(key), dict) for key in ("config", "fingerprints")):
+            raise ValueError("its manifest says nothing of config and fingerprints")
         return Checkpoint(folder, state, content)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ModelError(f"state.json can't be read: {error}", place=str(folder)) from error
