@@ -105,6 +105,12 @@ class Dialect:
         return False
 
 
+def split_thought(content: str) -> tuple[str, str] | None:
+    """Thought and answer of a text that begins with ``<think>``."""
+    found = _INLINE.match(content)
+    return (found[1], found[2]) if found else None
+
+
 def _thought(fields: Mapping[str, Any], where: str, source: Source) -> str | None:
     found = {key: fields[key] for key in THOUGHT_KEYS if isinstance(fields.get(key), str) and fields[key].strip()}
     if len(set(found.values())) > 1:

@@ -300,9 +300,6 @@ class Renderer:
                 f" {self._show(prompt[same:])} and training would see {self._show(ids[same:])}",
                 "strip white space at the start of the answer, or fix the chat template's generation prompt",
             )
-        lost = row.lost(turn, text[len(prompt_text) :])
-        if lost:
-            raise wrong(f"the chat template drops its {lost}", "make it a turn of its own, or remove it")
         end = self.end_of_turn
         stop = len(ids) - len(end.tail)
         if stop - 1 < len(prompt) or ids[stop - 1] != end.token_id or tuple(ids[stop:].tolist()) != end.tail:
@@ -312,6 +309,9 @@ class Renderer:
             )
         if int((ids[len(prompt) : stop] == end.token_id).sum()) != 1:
             raise wrong("its end-of-turn token stands more than once", "remove it from the answer")
+        lost = row.lost(turn, text[len(prompt_text) :])
+        if lost:
+            raise wrong(f"the chat template {lost}", "make it a turn of its own, or remove it")
         return ids, len(prompt), stop
 
     def _example(

@@ -9,18 +9,30 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from likely.data.dialect import THOUGHT_KEYS, Dialect
-from likely.data.encoding import ControlTokens, Encoded, TextEncoder, has_stand_in
+from likely.data.dialect import THOUGHT_KEYS, Dialect, split_thought
+from likely.data.encoding import ControlTokens, Encoded, TextEncoder, common_length, has_stand_in
+from likely.data.jinja_child import ELSEWHERE
 from likely.data.roles import ends_of_messages, roles_of_tokens
 from likely.data.template import Ask, ChatTemplate, Problem
 from likely.errors import DataError, ModelError
 from likely.types import Conversation, IntArray
 
 MAX_CHARS_AT_ONCE = 1 << 20
+_PROBE = "Delta 5, epsilon."
+
+
+@dataclass(frozen=True)
+class Shell:
+    """What the template writes around a plain answer: the generation prompt, which belongs to the question, and in the
+    answer's own turn ``lead`` before it and ``closing`` behind it."""
+
+    generation_prompt: str = ""
+    lead: str = ""
+    closing: str = ""
 
 
 class Writer:
@@ -71,6 +83,19 @@ class Writer:
         return Row(
             self, replace(conversation, messages=messages, tools=tuple(hidden(conversation.tools))), conversation
         )
+
+    @cached_property
+    def shell(self) -> Shell | None:
+        """Found with a probe; None where the template can't write it, or puts no answer behind its question."""
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
+        asks = [Ask(2), Ask(1), Ask(1, with_prompt=True)]
+        whole, question, prompt = self.template.texts(messages, (), asks)
+        if isinstance(whole, Problem) or isinstance(question, Problem) or isinstance(prompt, Problem):
+            return None
+        if not whole.startswith(prompt) or _PROBE not in whole[len(prompt) :]:
+            return None
+        lead, _, closing = whole[len(prompt) :].partition(_PROBE)
+        return Shell(prompt[common_length(prompt, question) :], lead, closing)
 
     def fetch(self, rows: Sequence[Row]) -> None:
         """Ask for the planned texts of many rows at once. A row of which something must be said asks for itself."""
@@ -248,18 +273,70 @@ class Row:
         return roles_of_tokens(messages, ends, encoded)
 
     def lost(self, turn: int, text: str) -> str:
-        """What an answer says and its ``text`` does not; empty where all is there."""
+        """What an answer says and its ``text`` does not, as half a sentence; empty where all is there."""
         message = self.conversation.messages[turn]
         for key in THOUGHT_KEYS:
             thought = message.fields.get(key)
             if isinstance(thought, str) and message.weight and thought.strip() not in text:
-                return f"thought ({key})"
+                return f"drops its thought ({key})"
         calls = message.fields.get("tool_calls") or ()
-        if calls and (message.content or "").strip() not in text:
-            return "text because of its tool calls"
         for call in calls:
             function = call.get("function", call) if isinstance(call, dict) else {}
             name = function.get("name") if isinstance(function, dict) else None
             if isinstance(name, str) and name not in text:
-                return f"tool call {name!r}"
+                return f"drops its tool call {name!r}"
+        content = self._spoken[turn]["content"] or ""
+        if (message.weight or calls) and content.strip() and not self._is_whole(turn, content, text):
+            if calls and (split_thought(content) or ("", content))[1].strip() not in text:
+                return "drops its text because of its tool calls"
+            return f"drops or changes part of its text: {_excerpt(content)} becomes {_excerpt(text)}"
         return ""
+
+    def _is_whole(self, turn: int, content: str, text: str) -> bool:
+        """Whether a turn's text is the answer, white space around it aside, and what the template writes around every
+        answer. A template that moves a thought may put it between tags of its own, and nothing else may change."""
+        spoken, shell = self._spoken[turn], self._writer.shell
+        field = next((spoken[key] for key in THOUGHT_KEYS if isinstance(spoken.get(key), str)), None)
+        thought, answer = (field, content) if field is not None else split_thought(content) or (None, content)
+        moved = ("<think>", thought or "", "</think>", answer)
+        if shell and _reads(text, shell.lead, content, shell.closing):
+            return True
+        if shell and thought is not None and _reads(text, *moved, shell.closing):
+            return True
+        # Tool calls, or a template of another kind: the same turn with another content shows what is around it.
+        around = self._texts_of([Ask(turn + 1, replaced=turn)])[0]
+        if isinstance(around, Problem):
+            return content.strip() in text
+        whole, prompt = self.text(Ask(turn + 1)), self.text(Ask(turn, with_prompt=True))
+        if around.count(ELSEWHERE) != prompt.count(ELSEWHERE) + 1:
+            return False
+        before, _, after = around.rpartition(ELSEWHERE)
+        if _reads(whole, before, content, after):
+            return True
+        return field is None and thought is not None and _reads(whole, _without_empty_thought(before), *moved, after)
+
+
+def _reads(text: str, *pieces: str) -> bool:
+    """Whether a text is these pieces one after the other, with any white space around each."""
+    place = 0
+    for piece in pieces:
+        bare = piece.strip()
+        while bare and place < len(text) and text[place].isspace():
+            place += 1
+        if not text.startswith(bare, place):
+            return False
+        place += len(bare)
+    return not text[place:].strip()
+
+
+def _without_empty_thought(text: str) -> str:
+    bare = text.rstrip()
+    if not bare.endswith("</think>"):
+        return text
+    start = bare.removesuffix("</think>").rstrip()
+    return start.removesuffix("<think>") if start.endswith("<think>") else text
+
+
+def _excerpt(text: str, length: int = 60) -> str:
+    text = text.strip()
+    return repr(text if len(text) <= length else f"{text[: length - 23]}...{text[-20:]}")
