@@ -1,5 +1,6 @@
 """``likely check``: what it counts, that training refuses what it refuses, and that it needs no torch."""
 
+import copy
 import json
 import re
 import subprocess
@@ -227,3 +228,21 @@ def test_the_same_from_python(tmp_path: Path, tiny_model_dir: Path) -> None:
 
 def test_control_characters_are_written_out() -> None:
     assert printable("a\x1b[2Jb\n\tc\x07") == "a\\x1b[2Jb\n\tc\\x07"
+
+
+def test_bare_text_ends_with_the_end_of_text_and_answers_nothing(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"  # noqa: S105  (as with Llama 3, the template ends its turns otherwise)
+    renderer = Renderer(tokenizer)
+    path = write(tmp_path / "d.jsonl", [{"text": "Hello there, this is text."}, {"text": "Another one."}])
+    facts = survey(renderer, path)
+    assert checking.wrongs(checking.prove(facts, 512)) == []
+    assert (facts.counts["refused"], facts.turns, facts.stops, facts.num_plain) == (0, 2, 2, 0)
+    tables = checking.audit(facts, survey(renderer, write(tmp_path / "e.jsonl", [{"text": "Quite another."}])))
+    assert [kind for kind, table in tables.items() if table.count] == []
+    assert checking.likelihood_floor(facts)["nats"] == 0
+    # The same tokenizer still wants an answer to end as the template ends it.
+    answer = Conversation((Message("user", "Hi"), Message("assistant", "Hello!")), Source("d.jsonl", 1))
+    prove_stops(answer, renderer.render(answer), renderer)

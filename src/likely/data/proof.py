@@ -26,6 +26,17 @@ def count_turns(conversation: Conversation, supervision: Supervision) -> int:
     return sum(weight > 0 for weight in turns)
 
 
+def is_text(conversation: Conversation) -> bool:
+    """Whether a row is bare text, which no template touches and nobody asked for."""
+    return conversation.plain and len(conversation.messages) == 1
+
+
+def stop_id_of(conversation: Conversation, renderer: Renderer) -> int:
+    """The token that closes what a row teaches: bare text ends with the end-of-text token, and turns as the template
+    says."""
+    return int(renderer.tokenizer.eos_token_id) if is_text(conversation) else renderer.end_of_turn.token_id
+
+
 def prove_stops(conversation: Conversation, examples: Sequence[Example], renderer: Renderer) -> None:
     """Each assistant turn that is learnt is learnt with its end: a model that never sees one never stops.
 
@@ -34,7 +45,7 @@ def prove_stops(conversation: Conversation, examples: Sequence[Example], rendere
     """
     if conversation.tokens is not None:
         return
-    stops = count_stops(examples, renderer.end_of_turn.token_id)
+    stops = count_stops(examples, stop_id_of(conversation, renderer))
     turns = count_turns(conversation, renderer.supervision)
     if stops != turns:
         raise DataError(

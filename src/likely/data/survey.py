@@ -20,7 +20,7 @@ from likely.data.duplicates import RunningHash, digests, hash_of, to_signatures
 from likely.data.formats import Reading, ReadOptions
 from likely.data.language import LANGUAGES, language_of
 from likely.data.lengths import LengthCounts, fit
-from likely.data.proof import count_stops, count_turns, leading, prove_stops
+from likely.data.proof import count_stops, count_turns, is_text, leading, prove_stops, stop_id_of
 from likely.data.render import Renderer
 from likely.errors import DataError
 from likely.types import ROLES, Conversation, Example, Source
@@ -137,7 +137,7 @@ class Surveyor:
                 conversations.append(reading.parse(row, Source(self.path, line)))
             except DataError as error:
                 facts.refuse(line, error)
-        facts.num_plain = sum(conversation.plain for conversation in conversations)
+        facts.num_plain = sum(c.plain and not is_text(c) for c in conversations)
         facts.shapes.update(reading.shapes)
         facts.ignored.update(reading.ignored)
         facts.notes.update(reading.notes)
@@ -157,13 +157,13 @@ class Surveyor:
         return rendered
 
     def _count(self, conversations: Sequence[Conversation], rendered: Sequence[list[Example]], facts: Facts) -> None:
-        supervision, stop_id = self.renderer.supervision, self.renderer.end_of_turn.token_id
+        supervision = self.renderer.supervision
         bos = self.renderer.tokenizer.bos_token_id
         rows: list[tuple[int, ...]] = []
         for row, (conversation, examples) in enumerate(zip(conversations, rendered, strict=True)):
             if examples and conversation.tokens is None:
                 facts.turns += count_turns(conversation, supervision)
-                facts.stops += count_stops(examples, stop_id)
+                facts.stops += count_stops(examples, stop_id_of(conversation, self.renderer))
             for example in examples:
                 trained = np.flatnonzero(example.weights_T)
                 length = len(example.token_ids_T)
@@ -212,6 +212,8 @@ def _audit(conversations: Sequence[Conversation], facts: Facts) -> None:
         sizes.append(len(answer))
         whole, own = _turn_hashes(conversation)
         wholes.append(whole)
+        if is_text(conversation):
+            own = []  # texts answer nothing, so two of them are no two answers
         turns += [(row, context, said, weight) for context, said, weight in own]
     facts.arrays |= {
         "line_R": [np.array(lines, np.int64)],

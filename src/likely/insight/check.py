@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from likely.data.audit import KINDS
-from likely.data.duplicates import groups_of, near_pairs, similarity
+from likely.data.duplicates import groups_of, hash_of, near_pairs, similarity
 from likely.data.language import LANGUAGES
 from likely.data.survey import MOST_LISTED, Facts
 from likely.types import ROLES
@@ -203,13 +203,15 @@ def _overlap(facts: Facts, held_out: Facts) -> list[Table]:
         keys, first = np.unique(ours, return_index=True)
         at = np.searchsorted(keys, theirs).clip(max=max(len(keys) - 1, 0))
         same = np.flatnonzero(keys[at] == theirs) if len(keys) else at
+        without = np.flatnonzero(theirs == hash_of("")) if what == "prompt" else same[:0]
+        same = np.setdiff1d(same, without)  # rows of bare text have no prompt to share
         rows = [
             (int(held_out.array("line_R")[i]), f"the same as training line {int(facts.array('line_R')[first[at[i]]])}")
             for i in same[:MOST_LISTED]
         ]
         advice = "remove them from one of the two: the held-out score would measure memory"
         tables.append(Table(f"held-out {what} in training data", len(same), advice, tuple(rows)))
-        near = _near_overlap(facts, held_out, f"{what}_sign_R", set(same.tolist()))
+        near = _near_overlap(facts, held_out, f"{what}_sign_R", {*same.tolist(), *without.tolist()})
         near_rows = [
             (int(held_out.array("line_R")[i]), f"like training line {int(facts.array('line_R')[j])}{share}")
             for i, j, share in near[:MOST_LISTED]
