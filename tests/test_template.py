@@ -182,3 +182,9 @@ def test_the_answers_of_the_child_by_itself() -> None:
     failing: Callable[[BaseException], str] = lambda error: problem(error)["kind"]  # noqa: E731
     assert [failing(e) for e in (MemoryError(), ValueError("a"), RecursionError())] == ["broken", "failed", "failed"]
     assert make_environment("2030-01-02").from_string("{{ strftime_now('%Y-%m-%d') }}").render() == "2030-01-02"
+
+
+def test_half_a_surrogate_pair_is_a_broken_template() -> None:
+    template = ChatTemplate({"default": r"{{ messages[0].content }}{{ '\ud800' }}"}, {})
+    with pytest.raises(ModelError, match=r"the chat template is broken: .*surrogates not allowed"):
+        template.texts([{"role": "user", "content": "Hi"}], (), [Ask(1)])

@@ -83,7 +83,7 @@ def problem(error: BaseException) -> dict[str, str]:
         kind, message = "broken", f"it takes over {MAX_MEMORY_BYTES >> 20} MB of memory"
     elif isinstance(error, TooLongError):
         kind, message = "broken", f"it writes over {MAX_OUTPUT_CHARS >> 20} million characters"
-    elif isinstance(error, (SecurityError, jinja2.TemplateSyntaxError, OverflowError)):
+    elif isinstance(error, (SecurityError, jinja2.TemplateSyntaxError, OverflowError, UnicodeEncodeError)):
         kind = "broken"
     elif isinstance(error, RecursionError):
         message = "nested too deeply"
@@ -97,7 +97,9 @@ def render(template: jinja2.Template, **values: Any) -> str:
         if total > MAX_OUTPUT_CHARS:
             raise TooLongError
         pieces.append(piece)
-    return "".join(pieces)
+    text = "".join(pieces)
+    text.encode()  # half a surrogate pair is no text, and no tokenizer takes it
+    return text
 
 
 class Templates:
