@@ -206,7 +206,14 @@ def test_rows_over_the_limit_and_what_each_policy_does(tmp_path: Path, chat_toke
     assert over["policies"]["truncate_right"]["stop_tokens_lost"] == 1
     assert over["policies"]["truncate_right"]["left_without_training"] == 1
     assert over["policies"]["truncate_left"]["left_without_training"] == 0
-    assert checking.wrongs(checking.prove(facts, 100)) == ["2 examples are over the limit of 100 tokens"]
+    proof = checking.prove(facts, 100)
+    assert checking.wrongs(proof) == ["2 examples are over the limit of 100 tokens"]
+    assert checking.verdict([], {}, checking.left_out(proof, on_too_long="error")).startswith("Every row can")
+    for policy, fate in (("drop", "dropped"), ("truncate_right", "cut"), ("truncate_left", "cut")):
+        told = checking.verdict([], {}, checking.left_out(proof, on_too_long=policy))
+        lost = over["policies"][policy]["trained_tokens_lost"]
+        assert told.startswith(f"2 examples over 100 tokens are {fate}, which loses {lost} trained tokens")
+        assert "Every other row can be trained on exactly as shown" in told
 
 
 def test_the_same_from_python(tmp_path: Path, tiny_model_dir: Path) -> None:

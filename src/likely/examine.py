@@ -141,7 +141,7 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         wrong += [f"held-out data: {reason}" for reason in checking.wrongs(checking.prove(held_out, limit), **chosen)]
     return {
         "ok": not wrong,
-        "verdict": checking.verdict(wrong, tables),
+        "verdict": checking.verdict(wrong, tables, checking.left_out(proof, on_too_long=settings.on_too_long)),
         "wrong": wrong,
         "data": _file(data, facts, has_template),
         "eval_data": held_out and _file(str(eval_data), held_out, has_template),

@@ -102,12 +102,32 @@ def wrongs(proof: dict[str, Any], *, on_bad_row: str = "error", on_too_long: str
     return found
 
 
-def verdict(wrong: list[str], tables: dict[str, Table]) -> str:
-    """One sentence: may training go on, and what should be looked at first."""
+def left_out(proof: dict[str, Any], *, on_too_long: str) -> list[str]:
+    """What is not trained on as it stands because the user said so."""
+    found = []
+    if proof["refused"]["rows"]:
+        found.append(f"{proof['refused']['rows']} refused rows are left out")
+    if proof["nothing_to_train"]:
+        found.append(f"{proof['nothing_to_train']} examples have nothing to train")
+    over = proof["over_length"]
+    cut = over["policies"].get(on_too_long)
+    if over["examples"] and isinstance(cut, dict):
+        fate = "dropped" if on_too_long == "drop" else "cut"
+        done = f"{over['examples']} examples over {over['limit']} tokens are {fate}"
+        lost = [f"{cut['trained_tokens_lost']} trained tokens"]
+        if cut.get("stop_tokens_lost"):
+            lost.append(f"{cut['stop_tokens_lost']} stop tokens")
+        found.append(f"{done}, which loses {' and '.join(lost)}")
+    return found
+
+
+def verdict(wrong: list[str], tables: dict[str, Table], changed: list[str] | None = None) -> str:
+    """One sentence: may training go on, with what left out or cut, and what should be looked at first."""
     if wrong:
         return f"Training would be wrong: {'; '.join(wrong)}."
     noted = ", ".join(f"{table.count} {table.kind}" for table in tables.values() if table.count)
-    return f"Every row can be trained on exactly as shown. Worth a look: {noted or 'nothing'}."
+    rows = f"{'; '.join(changed)}. Every other row" if changed else "Every row"
+    return f"{rows} can be trained on exactly as shown. Worth a look: {noted or 'nothing'}."
 
 
 def histogram(facts: Facts, max_length: int, num_bins: int = 40) -> dict[str, Any]:
