@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from likely.data.render import Renderer
-from likely.errors import DataError
+from likely.errors import DataError, ModelError
 from likely.types import Conversation, Message, Source
 
 QWEN3 = (Path(__file__).parent / "templates" / "qwen3.jinja").read_text(encoding="utf-8")
@@ -80,3 +80,35 @@ def test_a_thought_in_a_field_leaves_the_answer_as_it_is(chat_tokenizer: PreTrai
 def test_a_template_that_changes_answers_is_refused(template: str, chat_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match=r"rows.jsonl:3: .*messages\[1\].*drops or changes"):
         renderer_of(template, chat_tokenizer).render(row(LONG))
+
+
+HEADLESS = {
+    "ignored": SHELL.replace("CONTENT", "m['content']").replace("if add_generation_prompt", "if false"),
+    "plain text": ("{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|im_end|>\n{% endfor %}"),
+}
+
+
+@pytest.mark.parametrize("template", HEADLESS.values(), ids=HEADLESS.keys())
+def test_a_template_without_its_generation_prompt_is_refused(
+    template: str, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(
+        ModelError, match=r"writes no generation prompt, but .*assistant.*add_generation_prompt"
+    ) as caught:
+        renderer_of(template, chat_tokenizer).render(row("Fine."))
+    assert caught.value.exit_code == 4
+
+
+def test_a_generation_prompt_from_inside_the_loop_is_missed_in_the_first_turn(
+    chat_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    header = "<|im_start|>assistant\n"
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% if loop.last and add_generation_prompt %}" + header + "{% endif %}{% endfor %}"
+    )
+    renderer = renderer_of(template, chat_tokenizer)
+    assert renderer.render(row("Fine."))
+    first = Conversation((Message("assistant", "Hello!"), *row("Fine.").messages), Source("rows.jsonl", 3))
+    with pytest.raises(DataError, match=r"messages\[0\]: the chat template writes no generation prompt here"):
+        renderer.render(first)

@@ -238,6 +238,13 @@ class Renderer:
         first, second = (self._probe(answer) for answer in PROBES)
         if first != second:
             raise ModelError("what follows the assistant's turn depends on the answer", way_out="fix the chat template")
+        shell = self._writer.shell
+        if shell and not shell.generation_prompt and shell.header:
+            raise ModelError(
+                f"the chat template writes no generation prompt, but {shell.header!r} before each answer: training"
+                " and inference would differ",
+                way_out="make the chat template write it where add_generation_prompt is set",
+            )
         return first
 
     def _probe(self, answer: str) -> EndOfTurn:
@@ -300,7 +307,14 @@ class Renderer:
                 f" {self._show(prompt[same:])} and training would see {self._show(ids[same:])}",
                 "strip white space at the start of the answer, or fix the chat template's generation prompt",
             )
-        end = self.end_of_turn
+        end, shell = self.end_of_turn, self._writer.shell
+        header = shell.generation_prompt.strip() if shell else ""
+        said = text[len(prompt_text) :]
+        if header and not prompt_text.rstrip().endswith(header) and said.lstrip().startswith(header):
+            raise wrong(
+                f"the chat template writes no generation prompt here, so its header {header!r} would be learnt",
+                "begin the row with a user message, or fix the chat template",
+            )
         stop = len(ids) - len(end.tail)
         if stop - 1 < len(prompt) or ids[stop - 1] != end.token_id or tuple(ids[stop:].tolist()) != end.tail:
             raise wrong(
@@ -309,7 +323,7 @@ class Renderer:
             )
         if int((ids[len(prompt) : stop] == end.token_id).sum()) != 1:
             raise wrong("its end-of-turn token stands more than once", "remove it from the answer")
-        lost = row.lost(turn, text[len(prompt_text) :])
+        lost = row.lost(turn, said)
         if lost:
             raise wrong(f"the chat template {lost}", "make it a turn of its own, or remove it")
         return ids, len(prompt), stop

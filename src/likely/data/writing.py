@@ -34,6 +34,11 @@ class Shell:
     lead: str = ""
     closing: str = ""
 
+    @property
+    def header(self) -> str:
+        """Of ``lead`` what no model needs to say: all but white space and the tags of an empty thought."""
+        return _without_empty_thought(self.lead).strip()
+
 
 class Writer:
     """Writes rows with one template and one tokenizer.
