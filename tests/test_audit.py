@@ -247,3 +247,32 @@ def test_pairs_join_chains_into_groups() -> None:
 )
 def test_languages(text: str, language: str) -> None:
     assert language_of(text) == language
+
+
+K = "A1b2" * 12
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"sk-ant-api03-{K[:20]}-{K[:20]}_x",
+        f"postgres://admin:{K[:9]}@db.example.org/x",
+        f"aws_secret_access_key={K[:40]}",
+        f"Authorization: Bearer {K[:30]}",
+        f"npm_{K[:36]}",
+        f"glpat-{K[:20]}",
+        f"pypi-{K[:40]}",
+        f"AccountKey={K}==",
+    ],
+)
+def test_secrets_are_found_in_answers_thoughts_and_calls(text: str) -> None:
+    call = {"function": {"name": "f", "arguments": {"a": [text]}}}
+    for answer in (
+        {"content": text},
+        {"content": "x", "reasoning_content": text},
+        {"content": "x", "tool_calls": [call]},
+    ):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", **answer}]
+        found = find_in_row(parse_row({"messages": messages}, Source("f", 1)))
+        assert [f.kind for f in found if f.kind == "secret"] == ["secret"]
+        assert all(K[:9] not in f.detail for f in found)

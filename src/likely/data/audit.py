@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ftfy.badness import is_bad
 
+from likely.data.encoding import strings
 from likely.types import Conversation
 
 # The kinds of findings, in the order in which they are told, with what to do.
@@ -34,6 +35,11 @@ _SECRET = re.compile(
     r"|(?P<slack>\bxox[abprs]-[0-9A-Za-z-]{10,})"
     r"|(?P<google>\bAIza[0-9A-Za-z_-]{35})"
     r"|(?P<api>\b(?:sk|rk|pk)[-_](?:[a-z]+[-_])*[0-9A-Za-z]{20,})"
+    r"|(?P<provider>\b(?:sk-ant-[0-9A-Za-z_-]{20,}|npm_[0-9A-Za-z]{30,}|glpat-[0-9A-Za-z_-]{20,}|pypi-[0-9A-Za-z_-]{30,}))"
+    r"|(?P<azure>\bAccountKey=[0-9A-Za-z+/]{40,}={0,2})"
+    r"|(?P<aws_secret>(?i:\baws_secret_access_key\b)[\"']?\s*[:=]\s*[\"']?[0-9A-Za-z+/]{40}(?![0-9A-Za-z+/]))"
+    r"|(?P<bearer>\bBearer\s+(?=\S*\d)[0-9A-Za-z._~+/-]{20,})"
+    r"|(?P<url>://[^/\s@:]{1,100}:[^/\s@]{3,200}@(?=[\w.-]))"
     r"|(?P<hub>\bhf_[0-9A-Za-z]{30,})"
     r"|(?P<jwt>\beyJ[0-9A-Za-z_-]{10,}\.eyJ[0-9A-Za-z_-]{10,}\.[0-9A-Za-z_-]{10,})"
     r"|(?P<password>(?i:\b(?:password|passwd|api[ _-]?key|secret[ _-]?key)\b)\s*[:=]\s*(?=\S*\d)[^\s\"'<>]{8,})"
@@ -45,6 +51,11 @@ _SECRET_NAMES = {
     "slack": "a Slack token",
     "google": "a Google API key",
     "api": "an API key",
+    "provider": "an API token",
+    "azure": "an Azure account key",
+    "aws_secret": "an AWS secret key",
+    "bearer": "a bearer token",
+    "url": "a password in a URL",
     "hub": "a Hugging Face token",
     "jwt": "a JSON web token",
     "password": "a password or key",
@@ -53,7 +64,7 @@ _SECRET_NAMES = {
 _SECRET_HINTS = (
     *("private key", "akia", "asia", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", "xox", "aiza", "hf_"),
     *("eyj", "sk-", "sk_", "rk-", "rk_", "pk-", "pk_", "password", "passwd", "api key", "api-key", "api_key", "apikey"),
-    "secret",
+    *("secret", "npm_", "glpat-", "pypi-", "accountkey=", "bearer", "://"),
 )
 _EMAIL = re.compile(r"\b[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[A-Za-z]{2,24}\b")
 _PLACEHOLDER = re.compile(
@@ -87,7 +98,9 @@ def prompt_of(conversation: Conversation) -> str:
 def find_in_row(conversation: Conversation) -> list[Finding]:
     """Everything that is found in a row, each kind once."""
     text = "\n".join(m.content or "" for m in conversation.messages)
-    found = [_secret(text), _email(text), _damage(text), *_answers(conversation)]
+    # Thoughts and the arguments of tool calls are learnt like any other text.
+    fields = "\n".join(said for m in conversation.messages for said in strings(m.fields))
+    found = [_secret(f"{text}\n{fields}" if fields else text), _email(text), _damage(text), *_answers(conversation)]
     return [finding for finding in found if finding]
 
 
