@@ -245,3 +245,26 @@ def test_verdicts_say_how_little_they_rest_on(
     told = capsys.readouterr().err
     assert "nan" not in told
     assert "training data itself" not in told
+
+
+def test_a_bar_in_a_terminal_comes_to_its_end() -> None:
+    """A bar that redirects stderr to itself, while its console writes to stderr, would write for ever."""
+    import pty
+
+    program = (
+        "from likely.training.log import Display\n"
+        "display = Display()\n"
+        "for item in display.track(range(3), 'reading', 3): display.say(f'row {item}')\n"
+    )
+    master, slave = pty.openpty()
+    environment = os.environ | {"TERM": "xterm"}
+    with subprocess.Popen([sys.executable, "-c", program], stdout=slave, stderr=slave, env=environment) as process:
+        os.close(slave)
+        try:
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    text = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "row 2" in text
+    assert "3/3" in text

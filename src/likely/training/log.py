@@ -167,4 +167,7 @@ class Display:
             TimeRemainingColumn(),
             console=self.console,
             disable=not self.console.is_terminal,
+            # The console writes to the stderr of the moment: a bar in its place would write to itself for ever.
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
