@@ -7,11 +7,11 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import IO, Annotated, Any, Union, get_args, get_origin
 
 import typer
 from pydantic import BaseModel
@@ -139,7 +139,9 @@ def check(
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     _print(json.dumps(result, ensure_ascii=False) if as_json else to_text(result, colour=colour))
     if output is not None and "proof" in result:
-        _write(output, to_html(result))
+        page = to_html(result)
+        with _replacing(output) as file:
+            file.write(page)
     if not result["ok"]:
         raise DataError(result["verdict"].rstrip("."), place=data, way_out="mend or remove these rows")
 
@@ -173,20 +175,11 @@ def score(
     _check_output(output, data)
     display = Display()
     total_nats = total_tokens = 0.0
-    unfinished = output.with_name(f".{output.name}.unfinished")
-    try:
-        # A name that is no UTF-8 becomes a JSON escape.
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            for record in look.score(data, asked, display):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                total_nats += record["nll_nats"]
-                total_tokens += record["num_tokens"]
-        unfinished.replace(output)
-    except OSError as error:
-        raise ResourceError(f"can't be written: {error.strerror or error}", place=str(output)) from error
-    finally:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+    with _replacing(output) as file:
+        for record in look.score(data, asked, display):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            total_nats += record["nll_nats"]
+            total_tokens += record["num_tokens"]
     mean = f"NLL {total_nats / total_tokens:.6f} nats per token" if total_tokens else "nothing has a weight"
     display.say(f"{output}: {mean} over {total_tokens:g} tokens")
 
@@ -329,15 +322,20 @@ def _print_run(report: dict[str, Any], folder: Path, as_json: bool) -> None:
     _print(f"model: {folder / 'model'}   report: {folder / 'report.html'}")
 
 
-def _write(path: Path, text: str) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """A file to write to, which takes its name once it is whole."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        # A name that is no UTF-8 becomes an escape.
+        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
         unfinished.replace(path)
     except OSError as error:
         raise ResourceError(f"can't be written: {error.strerror or error}", place=str(path)) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def _print(text: str) -> None:

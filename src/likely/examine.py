@@ -16,7 +16,7 @@ import numpy as np
 
 from likely.config import CheckSettings
 from likely.data.dataset import examples_of_step, num_steps
-from likely.data.formats import Format, ReadOptions, parse_columns
+from likely.data.formats import Format, read_options
 from likely.data.hub import rows_of
 from likely.data.mixture import parse_parts
 from likely.data.packing import build_packs
@@ -63,8 +63,7 @@ def _renderer(place: Place, writing: Writing) -> Renderer:
 
 def _surveyor(job: Job) -> Surveyor:
     assert job.max_length is not None  # noqa: S101  (resolved)
-    columns = parse_columns(job.columns) if job.columns is not None else {}
-    return Surveyor(_renderer(job.place, job.writing), job.max_length, job.path, ReadOptions(job.format, columns))
+    return Surveyor(_renderer(job.place, job.writing), job.max_length, job.path, read_options(job.format, job.columns))
 
 
 def _prepare(job: Job) -> tuple[int, bool]:

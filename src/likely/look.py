@@ -9,7 +9,7 @@ from typing import Any
 
 from likely.config import ExplainSettings, LookSettings
 from likely.data.cache import load_kept
-from likely.data.formats import ReadOptions, parse_columns
+from likely.data.formats import read_options
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, load_tokenizer
 from likely.insight import evaluate as evaluation
@@ -82,8 +82,7 @@ def _score_all(
     place = find_model(name)
     tokenizer = load_tokenizer(place.tokenizer)
     renderer = Renderer(tokenizer, template=asked.template, template_date=asked.template_date)
-    columns = parse_columns(asked.columns) if asked.columns is not None else {}
-    options = ReadOptions(asked.format, columns, asked.on_bad_row == "skip", asked.seed)
+    options = read_options(asked.format, asked.columns, asked.on_bad_row == "skip", asked.seed)
     length = choose_max_length(place, asked.max_length)
     dataset = load_kept(
         data, renderer, length, display.track, options, asked.on_too_long, keep_unweighted=keep_unweighted

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -71,6 +73,25 @@ class Seal:
         storage.create_file(self._folder / NAME, _text({**content, "manifest_sha256": _digest(content)}))
         for inner in sorted({path.parent for path in self._settled} | {self._folder}):
             storage.sync_folder(inner)
+
+
+@contextmanager
+def put_in_place(final: Path) -> Iterator[tuple[Path, Seal]]:
+    """Prepare a folder under another name and give it its own once it is whole: fill the folder that is yielded, and
+    close its seal. If anything fails, nothing is left of it.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    unfinished = storage.unfinished_name(final)
+    try:
+        storage.system.make_folder(unfinished)
+        with Seal(unfinished) as seal:
+            yield unfinished, seal
+        storage.put_in_place(unfinished, final)
+    except BaseException:
+        storage.discard(unfinished)
+        raise
 
 
 def verify(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from likely import manifest, provenance, run_folder, stops, storage
 from likely.config import Config, to_yaml
 from likely.data.cache import load_kept
 from likely.data.dataset import Dataset, num_steps
-from likely.data.formats import ReadOptions, parse_columns
+from likely.data.formats import read_options
 from likely.data.mixture import absolute_parts
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, Supervision, load_tokenizer
@@ -126,8 +126,7 @@ def _read_inputs(config: Config, display: Display) -> _Inputs:
     supervision = Supervision(config.train_on, config.prompt_weight)
     renderer = Renderer(tokenizer, supervision, config.template, config.template_date)
     limit = choose_max_length(place, config.max_length)
-    columns = parse_columns(config.columns) if config.columns is not None else {}
-    options = ReadOptions(config.format, columns, config.on_bad_row == "skip", config.seed)
+    options = read_options(config.format, config.columns, config.on_bad_row == "skip", config.seed)
 
     def load(path: str, renderer: Renderer) -> Dataset:
         return load_kept(path, renderer, limit, display.track, options, config.on_too_long)
@@ -321,17 +320,12 @@ def _plan(config: Config, total: int) -> engine.TrainingPlan:
 def _save_tuned(save_model: Callable[[Path], None], session: _Session) -> None:
     """RUN/model, at once after the last step: from then on only the looks and the report are left to do."""
     final = session.claim.folder / "model"
-    unfinished = storage.unfinished_name(final)
     session.claim.require()
     with stops.shield(), storage.disk_errors(final, "the tuned model"):
-        try:
-            with manifest.Seal(unfinished) as seal:
-                save_model(unfinished)
-                seal.close({"kind": "model", **session.about, "state": asdict(session.journal.state)})
-            storage.put_in_place(unfinished, final)
-        except BaseException:
-            storage.discard(unfinished)
-            raise
+        with manifest.put_in_place(final) as (unfinished, seal):
+            save_model(unfinished)
+            seal.close({"kind": "model", **session.about, "state": asdict(session.journal.state)})
+        session.claim.saved.append("the tuned model")
 
 
 def _compose_report(session: _Session, before: _Look | None, after: _Look | None) -> Report:

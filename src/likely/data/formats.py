@@ -178,6 +178,15 @@ def shape_of(row: Any, source: Source, format: Format = "auto") -> Shape:  # noq
     return fitting[0]
 
 
+def read_options(format: Format, columns: str | None, skip_bad: bool = False, seed: int = 0) -> ReadOptions:  # noqa: A002
+    """The options as settings spell them, with ``columns`` as :func:`parse_columns` reads it.
+
+    Raises:
+        ConfigError: ``columns`` can't be understood.
+    """
+    return ReadOptions(format, parse_columns(columns) if columns is not None else {}, skip_bad, seed)
+
+
 def parse_columns(text: str) -> dict[str, str]:
     """``prompt=question,completion=answer`` -> ``{"prompt": "question", "completion": "answer"}``.
 

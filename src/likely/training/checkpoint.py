@@ -74,22 +74,15 @@ def save_checkpoint(
         ResourceError: the disk refuses; what was saved before is as it was.
     """
     final = folder / name_of(state.step)
-    unfinished = storage.unfinished_name(final)
     with shield(), storage.disk_errors(final, "the checkpoint"):
-        try:
-            storage.make_folder(folder)  # not the run folder itself: if that has gone, its lock has too
-            storage.system.make_folder(unfinished)
-            with manifest.Seal(unfinished) as seal:
-                save_model(unfinished / "model")
-                seal.settle()
-                save_file(_optimizer_tensors(network, optimizer), unfinished / "optimizer.safetensors")
-                save_file(_random_states(), unfinished / "random.safetensors")
-                storage.create_file(unfinished / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
-                seal.close({"kind": "checkpoint", **about, "step": state.step})
-            storage.put_in_place(unfinished, final)
-        except BaseException:
-            storage.discard(unfinished)
-            raise
+        storage.make_folder(folder)  # not the run folder itself: if that has gone, its lock has too
+        with manifest.put_in_place(final) as (unfinished, seal):
+            save_model(unfinished / "model")
+            seal.settle()
+            save_file(_optimizer_tensors(network, optimizer), unfinished / "optimizer.safetensors")
+            save_file(_random_states(), unfinished / "random.safetensors")
+            storage.create_file(unfinished / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
+            seal.close({"kind": "checkpoint", **about, "step": state.step})
     return final
 
 
