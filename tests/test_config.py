@@ -11,7 +11,16 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from likely.config import Config, make_config, read_yaml, template_yaml, to_yaml
+from likely.config import (
+    SETTINGS_OF_TRAINING,
+    Config,
+    Launch,
+    make_config,
+    make_training,
+    read_yaml,
+    template_yaml,
+    to_yaml,
+)
 from likely.errors import ConfigError
 
 NEEDED = {"model": "smollm2-135m", "data": "train.jsonl", "output": "runs/a"}
@@ -56,7 +65,6 @@ FIELDS = [
     "save_every",
     "keep_checkpoints",
     "skip_nonfinite",
-    "resume",
 ]
 # The design promises these; the others are free to go.
 FIXED = set(FIELDS) - {"schedule", "warmup", "weight_decay", "max_grad_norm", "lora_alpha"}
@@ -103,6 +111,18 @@ def unreadable(path: Path, line: int | None) -> ConfigError:
 
 
 # --- the names ---
+
+
+def test_how_a_training_is_carried_out_stands_beside_the_config_and_is_not_stored() -> None:
+    config, launch = make_training(NEEDED | {"resume": "step-7", "batch_size": 3})
+    assert (config, launch) == (make_config(NEEDED | {"batch_size": 3}), Launch(resume="step-7"))
+    assert not set(Config.model_fields) & set(Launch.model_fields)
+    assert "resume" not in to_yaml(config)
+    for wrong, told in (({"resum": "newest"}, "did you mean resume?"), ({"batchsize": 1}, "did you mean batch_size?")):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            make_training(NEEDED | wrong)
+    with pytest.raises(ConfigError, match="resume is 'last'"):
+        make_training(NEEDED | {"resume": "last"})
 
 
 def test_the_names_stay() -> None:
@@ -214,7 +234,6 @@ TEXTS = [
     "activation_checkpointing",
     "train_on",
     "normalize",
-    "resume",
 ]
 FROM_ZERO = ["seed", "num_answers", "skip_nonfinite"]
 TEXTS += ["retain", "guard", "format", "columns", "template", "template_date", "on_bad_row", "on_too_long"]
@@ -456,7 +475,6 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "num_answers": st.integers(0, 10**9),
     "keep_checkpoints": st.integers(1, 10**9),
     "skip_nonfinite": st.integers(0, 10**9),
-    "resume": optional(st.sampled_from(["newest", "step-7"])),
 }
 COUPLED = st.sampled_from(
     [
@@ -498,11 +516,11 @@ def test_the_template_holds_the_defaults_and_only_them(tmp_path: Path) -> None:
     bare = read_yaml(written(tmp_path, template))
     assert bare == dict.fromkeys(NEEDED, "CHANGE_ME")
 
-    opened = re.sub(rf"^# ((?:{'|'.join(Config.model_fields)}):)", r"\1", template, flags=re.MULTILINE)
+    opened = re.sub(rf"^# ((?:{'|'.join(SETTINGS_OF_TRAINING)}):)", r"\1", template, flags=re.MULTILINE)
     values = read_yaml(written(tmp_path, opened))
-    assert list(values) == list(Config.model_fields)
-    assert make_config(values) == make_config(bare)
-    for key, field in Config.model_fields.items():
+    assert list(values) == list(SETTINGS_OF_TRAINING)
+    assert make_training(values) == make_training(bare)
+    for key, field in SETTINGS_OF_TRAINING.items():
         assert str(field.description) in template
         for choice in (c for c in get_args(field.annotation) if isinstance(c, str)):
             assert choice in template, key

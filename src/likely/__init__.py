@@ -47,7 +47,8 @@ def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
         model: a Hugging Face folder, a hub id, a run folder, ``RUN@step-N`` or ``smollm2-135m``.
         data: a JSONL file of ``messages`` or ``prompt``/``completion`` rows.
         output: the run folder to create.
-        **settings: any other field of :class:`likely.config.Config`, such as ``eval_data`` or ``batch_size``.
+        **settings: any other field of :class:`likely.config.Config` or :class:`likely.config.Launch`, such as
+            ``eval_data``, ``batch_size`` or ``resume``.
 
     Returns:
         The run: ``run.folder``, ``run.verdict`` and ``run.report``, the content of report.json.
@@ -56,14 +57,14 @@ def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
         LikelyError: of the kind that fits the fault.
         KeyboardInterrupt, SystemExit: on SIGINT, SIGTERM; the steps done are saved, and ``resume="newest"`` goes on.
     """
-    from likely.config import make_config, stored_values
+    from likely.config import make_training, stored_values
     from likely.run import train as run_train
     from likely.stops import Stopped
     from likely.training.log import Display
 
-    config = make_config(stored_values({"model": model, "data": data, "output": output, **settings}))
+    config, launch = make_training(stored_values({"model": model, "data": data, "output": output, **settings}))
     try:
-        return run_train(config, Display())
+        return run_train(config, Display(), launch)
     except Stopped as stopped:
         if stopped.signum == signal.SIGINT:
             raise KeyboardInterrupt(str(stopped)) from stopped

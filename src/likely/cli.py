@@ -1,4 +1,4 @@
-"""Verbs: parse, call, print. Every field of the config is a flag of ``likely train``."""
+"""Verbs: parse, call, print. Every setting of a training is a flag of ``likely train``."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from likely import __version__
 from likely.complaints import of_flag
 from likely.config import (
     Config,
-    make_config,
+    Launch,
     make_settings,
+    make_training,
     over_file,
     read_yaml,
     stored_values,
@@ -59,17 +60,18 @@ def _flag_type(annotation: Any) -> Any:
     return annotation
 
 
-def _with_flags(kind: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _with_flags(*kinds: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a verb one flag per field of its settings; those the user gave arrive as ``settings``."""
+    fields = {key: field for kind in kinds for key, field in kind.model_fields.items()}
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         def call(**values: Any) -> None:
-            settings = {key: values.pop(key) for key in kind.model_fields}
+            settings = {key: values.pop(key) for key in fields}
             verb(settings={k: v for k, v in settings.items() if v is not None}, **values)
 
         own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "settings"]
         flags = []
-        for key, field in kind.model_fields.items():
+        for key, field in fields.items():
             default = "" if field.is_required() or field.default in (None, False) else f" [{field.default}]"
             option = typer.Option(
                 f"--{key.replace('_', '-')}", help=f"{field.description}{default}", show_default=False
@@ -102,7 +104,7 @@ def root(
 
 
 @app.command("train")
-@_with_flags(Config)
+@_with_flags(Config, Launch)
 def train(
     settings: dict[str, Any],
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings; flags go over them")] = None,
@@ -114,11 +116,11 @@ def train(
         raise ConfigError("the settings are given twice", place="--config", way_out=f"leave out {config}")
     file = config or config_flag
     values = over_file(read_yaml(file) if file else {}, settings)
-    checked = make_config(stored_values(values), str(file) if file else "")
+    wanted, launch = make_training(stored_values(values), str(file) if file else "")
     from likely import run
     from likely.training.log import Display
 
-    result = run.train(checked, Display())
+    result = run.train(wanted, Display(), launch)
     _print_run(result.report, result.folder, as_json)
 
 

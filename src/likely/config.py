@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -151,11 +152,6 @@ class Config(BaseModel):
     skip_nonfinite: int = Field(
         0, ge=0, description="leave out up to so many steps whose loss or gradient is not finite; one more ends the run"
     )
-    resume: str | None = Field(
-        None,
-        pattern=r"^(newest|step-\d{1,12})$",
-        description="go on with the run in --output from its newest valid checkpoint, or from the one named: step-N",
-    )
 
     @model_validator(mode="after")
     def _no_idle_options(self) -> Config:
@@ -180,6 +176,19 @@ class Config(BaseModel):
         return self.learning_rate if self.learning_rate is not None else {"full": 2e-5, "lora": 2e-4}[self.tune]
 
 
+class Launch(BaseModel):
+    """How a training is carried out: nothing here has a say in its result, so it is no part of what a run stores."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    resume: str | None = Field(
+        None,
+        pattern=r"^(newest|step-\d{1,12})$",
+        description="go on with the run in --output from its newest valid checkpoint, or from the one named: step-N",
+    )
+
+
+SETTINGS_OF_TRAINING = {**Config.model_fields, **Launch.model_fields}
 Kind = TypeVar("Kind", bound=BaseModel)
 
 
@@ -188,19 +197,30 @@ def make_config(values: dict[str, Any], place: str = "") -> Config:
     return make_settings(Config, values, place)
 
 
-def make_settings(kind: type[Kind], values: dict[str, Any], place: str = "") -> Kind:
+def make_training(values: dict[str, Any], place: str = "") -> tuple[Config, Launch]:
+    """What to train and how to carry it out, from the flags or the keys of one YAML file; see :func:`make_settings`."""
+    launch = {key: values[key] for key in Launch.model_fields if key in values}
+    config = {key: value for key, value in values.items() if key not in launch}
+    known = list(SETTINGS_OF_TRAINING)
+    return make_settings(Config, config, place, known), make_settings(Launch, launch, place)
+
+
+def make_settings(
+    kind: type[Kind], values: dict[str, Any], place: str = "", known: Sequence[str] | None = None
+) -> Kind:
     """Validated settings of a kind.
 
     Args:
         place: the YAML file that some values are from; errors then say where in it.
+        known: the keys to name where one is unknown [those of the kind].
 
     Raises:
         ConfigError: an unknown key, with the nearest known one, or a value out of its range.
     """
     for key in values:
         if key not in kind.model_fields:
-            near = difflib.get_close_matches(str(key), kind.model_fields, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(kind.model_fields)}"
+            near = difflib.get_close_matches(str(key), known or kind.model_fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known or kind.model_fields)}"
             raise ConfigError(f"unknown key {_shown(key)}", place=_place_of_key(place, key), way_out=hint)
     try:
         return kind.model_validate(values)
@@ -304,7 +324,7 @@ def to_yaml(config: Config) -> str:
 def template_yaml() -> str:
     """Every key with its default and what it does, commented out unless it must be given."""
     lines = []
-    for key, field in Config.model_fields.items():
+    for key, field in SETTINGS_OF_TRAINING.items():
         choices = [c for c in get_args(field.annotation) if isinstance(c, str)]
         lines.append(f"# {field.description}{': ' + ' | '.join(choices) if choices else ''}")
         if field.is_required():

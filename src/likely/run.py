@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from likely import manifest, outcome, provenance, run_folder, stops, storage
-from likely.config import Config, to_yaml
+from likely.config import Config, Launch, to_yaml
 from likely.data.cache import load_kept
 from likely.data.dataset import Dataset, Request, num_steps
 from likely.data.formats import read_options
@@ -58,16 +58,17 @@ class _Inputs:
     config: Config  # resolved: no None where a number is meant
 
 
-def train(config: Config, display: Display) -> Run:
+def train(config: Config, display: Display, launch: Launch | None = None) -> Run:
     """Score the base model, train, score again, save, report; or go on with a run where an earlier process stopped.
 
     Raises:
         LikelyError: of the kind that fits; the folder is left as it was if the input is at fault.
         Stopped: by a signal, after saving what is done.
     """
-    with stops.listening(), run_folder.claimed(config.output, resume=config.resume is not None) as claim:
+    launch = launch or Launch()
+    with stops.listening(), run_folder.claimed(config.output, resume=launch.resume is not None) as claim:
         try:
-            return _train(config, claim, display)
+            return _train(config, launch, claim, display)
         except stops.Stopped as stopped:
             raise stops.Stopped(stopped.signum, f"{stopped}; {claim.how_to_go_on()}") from None
         except Exception as error:
@@ -81,9 +82,9 @@ def train(config: Config, display: Display) -> Run:
             raise
 
 
-def _train(config: Config, claim: run_folder.Claim, display: Display) -> Run:
+def _train(config: Config, launch: Launch, claim: run_folder.Claim, display: Display) -> Run:
     folder = claim.folder
-    start = run_folder.find_start(folder, config.resume, display.say)
+    start = run_folder.find_start(folder, launch.resume, display.say)
     if start.finished:
         display.say(f"{folder}: this run is finished, so there is nothing to resume")
         return Run(folder, run_folder.read_report(folder) or {})
@@ -197,7 +198,6 @@ def _resolve(config: Config, **chosen: float) -> Config:
             **chosen,
             "dtype": str(dtype).removeprefix("torch."),
             "lora_alpha": alpha,
-            "resume": None,
         }
     )
 

@@ -28,7 +28,6 @@ FREE = {
     "num_answers",
     "output",
     "pack_tokens",
-    "resume",
     "retain",
     "save_every",
     "skip_nonfinite",

@@ -111,12 +111,12 @@ def test_from_a_step_by_name(lora_world: Any, tmp_path: Path) -> None:
 
 
 def test_without_flags_the_stored_settings_count(lora_world: Any, tmp_path: Path) -> None:
-    from likely.config import make_config, stored_values
+    from likely.config import make_training, stored_values
     from likely.training.log import Display
 
     run = unfinished(lora_world, tmp_path / "run")
-    config = make_config(stored_values({"output": str(run), "resume": "newest"}))
-    runs.train(config, Display(quiet=True))
+    config, launch = make_training(stored_values({"output": str(run), "resume": "newest"}))
+    runs.train(config, Display(quiet=True), launch)
     assert world.outcome(run) == lora_world.reference
 
 
