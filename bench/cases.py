@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from likely.data.dataset import examples_of_step, load_dataset
+from likely.data.dataset import load_dataset
+from likely.data.order import Order, prefix_families
 from likely.data.render import Renderer, load_tokenizer
 from likely.types import Example
 
@@ -59,13 +60,13 @@ def data_file(case: str, folder: Path) -> Path:
     return path
 
 
-def steps_in_order(data: Path, tokenizer: str, num_steps: int, batch_size: int, seed: int) -> list[list[Example]]:
-    """The examples of each step, as ``likely train`` of this data, seed and batch size takes them."""
+def steps_in_order(
+    data: Path, tokenizer: str, num_steps: int, batch_size: int, seed: int, *, families: bool = False
+) -> list[list[Example]]:
+    """The examples of each step, as ``likely train`` of this data, seed, batch size and order takes them."""
     examples = load_dataset(str(data), Renderer(load_tokenizer(tokenizer)), 1 << 20).examples
-    steps = [
-        [examples[i] for i in examples_of_step(step, len(examples), batch_size, seed)]
-        for step in range(1, num_steps + 1)
-    ]
+    order = Order(len(examples), batch_size, seed, prefix_families(examples) if families else None)
+    steps = [[examples[i] for i in order.of_step(step)] for step in range(1, num_steps + 1)]
     if any(len(step) != batch_size for step in steps):
         raise SystemExit(f"error: {data}: {len(examples)} examples don't fill {num_steps} batches of {batch_size}")
     return steps

@@ -28,7 +28,8 @@ HERE = Path(__file__).parent
 LOAD = """
 import json, sys, time
 from likely.data.cache import load_kept
-from likely.data.dataset import Request, examples_of_step
+from likely.data.dataset import Request
+from likely.data.order import Order
 from likely.data.render import Renderer, load_tokenizer
 from likely.model.place import find_model
 renderer = Renderer(load_tokenizer(find_model(sys.argv[1]).tokenizer))
@@ -41,7 +42,7 @@ OPEN = """
 import json, sys, time
 from pathlib import Path
 from likely.data import cache
-from likely.data.dataset import examples_of_step
+from likely.data.order import Order
 from likely.data.mixture import Part
 started = time.perf_counter()
 dataset = cache._open(Path(sys.argv[1]), "d.jsonl", [Part("d.jsonl")])
@@ -49,9 +50,10 @@ opened = time.perf_counter() - started
 counts = dataset.tokens_per_role(), int(dataset.table.length_N.max())
 counted = time.perf_counter() - started
 examples, steps = dataset.examples, []
+order = Order(len(examples), 8, 0)
 for step in range(1, 51):
     before = time.perf_counter()
-    chosen = [examples[i] for i in examples_of_step(step, len(examples), 8, 0)]
+    chosen = [examples[i] for i in order.of_step(step)]
     steps.append(time.perf_counter() - before)
 print(json.dumps({"rows": len(dataset.conversations), "opened_s": round(opened, 2), "counted_s": round(counted, 2),
     "first_step_ms": round(1e3 * steps[0], 2), "step_ms": round(1e3 * sorted(steps)[25], 3)}))

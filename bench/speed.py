@@ -75,6 +75,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tune", choices=["full", "lora"], default="full")
     parser.add_argument("--dtype", choices=list(AGREE), default="float32")
+    parser.add_argument("--order", choices=["examples", "families"], default="examples", help="for all contenders")
     parser.add_argument("--batch", type=int, default=8, help="examples per step")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=3, help="measured steps in a turn, after one that warms up")
@@ -132,7 +133,8 @@ def run_case(case: tuple[str, str, str, int], options: argparse.Namespace, pytho
     place = find_model(options.model)
     with tempfile.TemporaryDirectory(prefix="likely-bench-") as folder:
         data = options.data or data_file(name, Path(folder))
-        steps = steps_in_order(data, str(place.tokenizer), max(lengths), batch_size, options.seed)
+        families = options.order == "families"
+        steps = steps_in_order(data, str(place.tokenizer), max(lengths), batch_size, options.seed, families=families)
         write_rows(steps, Path(folder) / "rows.jsonl")
         training = Training(
             model=str(place.weights),
@@ -150,7 +152,7 @@ def run_case(case: tuple[str, str, str, int], options: argparse.Namespace, pytho
             lora_rank=options.lora_rank,
             seed=options.seed,
             checkpointing=options.peer_checkpointing,
-            likely_flags=options.likely_flags,
+            likely_flags=f"--order {options.order} {options.likely_flags}",
         )
         shape, work = Shape.of(read_model_config(str(place.weights))), [work_of(step) for step in steps]
         rows, contexts = (

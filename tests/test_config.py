@@ -43,6 +43,7 @@ FIELDS = [
     "epochs",
     "steps",
     "batch_size",
+    "order",
     "learning_rate",
     "schedule",
     "warmup",
@@ -224,6 +225,7 @@ COUNTS = [
     "keep_checkpoints",
 ]
 TEXTS = [
+    "order",
     "model",
     "data",
     "eval_data",
@@ -460,6 +462,7 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
     "max_length": optional(st.integers(1, 10**9)),
     "pack_tokens": optional(st.integers(1, 10**9)),
+    "order": st.sampled_from(["examples", "families"]),
     "activation_checkpointing": st.sampled_from(["auto", "none", "full"]),
     "normalize": st.sampled_from(["token", "example"]),
     "format": st.sampled_from(["auto", "messages", "tokens"]),

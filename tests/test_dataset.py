@@ -16,7 +16,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from likely.data.dataset import examples_of_step, load_dataset, num_steps
+from likely.data.dataset import load_dataset
+from likely.data.order import Order, num_steps, prefix_families
 from likely.data.packing import build_packs, normalize_per_example, supervise_everything
 from likely.data.render import Renderer, Supervision
 from likely.errors import DataError
@@ -222,8 +223,7 @@ def test_number_of_steps(num_examples: int, batch_size: int, epochs: float, step
 def test_an_epoch_takes_each_example_once(num_examples: int, batch_size: int, seed: int, epoch: int) -> None:
     per_epoch = num_steps(num_examples, batch_size, 1, None)
     batches = [
-        examples_of_step(epoch * per_epoch + i, num_examples, batch_size, seed).tolist()
-        for i in range(1, per_epoch + 1)
+        Order(num_examples, batch_size, seed).of_step(epoch * per_epoch + i).tolist() for i in range(1, per_epoch + 1)
     ]
     assert sorted(i for batch in batches for i in batch) == list(range(num_examples))
     assert {len(batch) for batch in batches[:-1]} <= {batch_size}
@@ -233,16 +233,48 @@ def test_an_epoch_takes_each_example_once(num_examples: int, batch_size: int, se
 def epoch_order(seed: int, epoch: int, batch_size: int = 7, num_examples: int = 50) -> list[int]:
     per_epoch = num_steps(num_examples, batch_size, 1, None)
     first = epoch * per_epoch + 1
-    taken = [examples_of_step(s, num_examples, batch_size, seed) for s in range(first, first + per_epoch)]
+    taken = [Order(num_examples, batch_size, seed).of_step(s) for s in range(first, first + per_epoch)]
     return [int(i) for i in np.concatenate(taken)]
 
 
 def test_the_order_is_a_pure_function_of_seed_and_epoch() -> None:
-    expected = [examples_of_step(step, 50, 7, seed=3).tolist() for step in range(1, 25)]
+    expected = [Order(50, 7, seed=3).of_step(step).tolist() for step in range(1, 25)]
     for step in (24, 1, 13, 13, 2, 24):  # as after a resume: no step needs those before it
-        assert examples_of_step(step, 50, 7, seed=3).tolist() == expected[step - 1]
+        assert Order(50, 7, seed=3).of_step(step).tolist() == expected[step - 1]
     # The batch size cuts the same order into other pieces.
     assert epoch_order(3, 2, batch_size=7) == epoch_order(3, 2, batch_size=50) == epoch_order(3, 2, batch_size=1)
+
+
+def test_families_stand_together_and_are_shuffled() -> None:
+    rng = np.random.default_rng(0)
+    family_N = rng.integers(0, 9, 40)
+    orders = []
+    for seed in range(3):
+        order = Order(40, 40, seed, family_N).of_step(1)
+        assert sorted(order.tolist()) == list(range(40))
+        assert int((np.diff(family_N[order]) != 0).sum()) == len(set(family_N.tolist())) - 1
+        orders.append(family_N[order].tolist())
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_families_have_a_prompt_in_common() -> None:
+    def example(prompt: list[int], answer: list[int]) -> Example:
+        ids = np.array(prompt + answer)
+        return Example(
+            ids, np.array([0.0] * len(prompt) + [1.0] * len(answer)), np.zeros(len(ids), np.int8), Source("a.jsonl", 1)
+        )
+
+    system, examples = [1, 2, 3, 4, 5, 6, 7, 8], []
+    for question in (20, 21):
+        examples += [example([*system, question, 9], [answer, 99]) for answer in (30, 31, 32)]
+    turns = [50, 51, 9]
+    for turn in range(3):  # each turn's prompt holds the turn before
+        examples.append(example(turns, [60 + turn, 99]))
+        turns = [*turns, 60 + turn, 99, 70 + turn, 9]
+    shuffled = np.random.default_rng(1).permutation(len(examples))
+    found = prefix_families([examples[i] for i in shuffled])
+    groups = {frozenset(shuffled[found == family].tolist()) for family in set(found.tolist())}
+    assert groups == {frozenset({0, 1, 2}), frozenset({3, 4, 5}), frozenset({6, 7, 8})}
 
 
 def test_each_seed_and_each_epoch_has_its_own_order() -> None:

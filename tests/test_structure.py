@@ -48,6 +48,7 @@ WITHIN = {
         "shapes",
         "formats",
         "trie",
+        "order",
         "packing",
         "jinja_child",
         "template",

@@ -112,6 +112,9 @@ class Config(BaseModel):
     epochs: Number = Field(3.0, gt=0, description="passes over the training data")
     steps: PositiveInt | None = Field(None, description="optimizer steps, instead of epochs")
     batch_size: PositiveInt = Field(8, description="examples per optimizer step, over all processes")
+    order: Literal["examples", "families"] = Field(
+        "examples", description="shuffle examples, or whole families of common prompts, which share more of a step"
+    )
     learning_rate: Number | None = Field(None, gt=0, description="peak learning rate [2e-5 full, 2e-4 lora]")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="learning rate after the warm-up")
     warmup: Number = Field(0.05, ge=0, lt=1, description="share of the steps spent warming up")

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from likely.data.dataset import examples_of_step, num_steps
 from likely.data.families import RowKeys, families, split_groups
 from likely.data.formats import ReadOptions, read_options
 from likely.data.lengths import LengthCounts, OnTooLong, fit
+from likely.data.order import Order, num_steps
 from likely.data.packing import build_packs, default_pack_tokens
 from likely.data.parallel import Workers
 from likely.data.render import Supervision
@@ -301,7 +301,8 @@ def _sharing(workers: Workers, survey: _Survey, held_out: IntArray, settings: Ch
     total = num_steps(num_examples, settings.batch_size, settings.epochs, settings.steps)
     per_epoch = min(total, -(-num_examples // settings.batch_size))
     sampled = np.unique(np.linspace(1, per_epoch, min(per_epoch, SAMPLED_STEPS)).astype(int)).tolist()
-    steps = [examples_of_step(step, num_examples, settings.batch_size, settings.seed) for step in sampled]
+    order = Order(num_examples, settings.batch_size, settings.seed)
+    steps = [order.of_step(step) for step in sampled]
     chosen = _chosen_examples(workers, survey, np.flatnonzero(usable), steps, settings)
     length = facts.array("length_M")[usable]
     if settings.on_too_long != "error":

@@ -106,13 +106,14 @@ def facts(config: dict[str, Any], origins: dict[str, Any], steps: Sequence[StepM
     seconds = sum(m.seconds for m in steps)
     supervised = origins["supervised"].get("assistant", {"supervised": 0})["supervised"]
     total = sum(role["tokens"] for role in origins["supervised"].values())
+    families = ", families of a common prompt together" if config["order"] == "families" else ""
     what = "all weights" if config["tune"] == "full" else f"LoRA adapters of rank {config['lora_rank']}"
     return {
         "trained": f"{what}, {origins['num_trainable']:,} of {origins['num_parameters']:,} parameters",
         "data": f"{origins['data']['rows']} rows, SHA-256 {origins['data']['sha256'][:16]}",
         "supervised": f"{supervised:,} of {total:,} tokens: the assistant's turns ({config['train_on']})",
         "steps": f"{len(steps)} of {config['batch_size']} examples, learning rate {config['learning_rate']:g}, "
-        f"{config['schedule']}",
+        f"{config['schedule']}{families}",
         "time": f"{seconds:.0f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s; "
         f"{distinct:,} distinct of {tokens:,} tokens",
         "device": f"{origins['device']}, {origins['compute_dtype']} products over float32 weights",

@@ -13,9 +13,10 @@ from typing import Any
 from likely import manifest, outcome, provenance, run_folder, stops, storage
 from likely.config import Config, Launch, to_yaml
 from likely.data.cache import load_kept
-from likely.data.dataset import Dataset, Request, num_steps
+from likely.data.dataset import Dataset, Request
 from likely.data.formats import read_options
 from likely.data.mixture import absolute_parts
+from likely.data.order import num_steps, prefix_families
 from likely.data.packing import default_pack_tokens
 from likely.data.render import Renderer, Supervision, load_tokenizer
 from likely.data.split import hold_out, told_of_split
@@ -293,10 +294,11 @@ def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start)
         if journal.catch_up():
             return
         examples = inputs.data.examples
-        engine.train(model, examples, optimizer, _plan(config, session.total), journal, steps_done=journal.step)
+        plan = _plan(config, session.total, examples)
+        engine.train(model, examples, optimizer, plan, journal, steps_done=journal.step)
 
 
-def _plan(config: Config, total: int) -> engine.TrainingPlan:
+def _plan(config: Config, total: int, examples: Sequence[Example]) -> engine.TrainingPlan:
     assert config.pack_tokens is not None  # noqa: S101  (resolved)
     return engine.TrainingPlan(
         num_steps=total,
@@ -308,6 +310,7 @@ def _plan(config: Config, total: int) -> engine.TrainingPlan:
         max_grad_norm=config.max_grad_norm,
         normalize=config.normalize,
         seed=config.seed,
+        family_N=prefix_families(examples) if config.order == "families" else None,
     )
 
 

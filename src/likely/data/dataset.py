@@ -9,10 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
-
-import numpy as np
 
 from likely.data.formats import ReadOptions, Rejected
 from likely.data.lengths import LengthCounts, OnTooLong
@@ -294,25 +292,3 @@ def _told_rejected(rejected: Sequence[Rejected]) -> list[str]:
     if len(rejected) > MAX_REJECTED_TOLD:
         lines.append(f"left out: {len(rejected) - MAX_REJECTED_TOLD:,} more rows")
     return lines
-
-
-def num_steps(num_examples: int, batch_size: int, epochs: float, steps: int | None) -> int:
-    """Optimizer steps of a run; the last, smaller batch of an epoch is a step like any other."""
-    per_epoch = -(-num_examples // batch_size)
-    return steps if steps is not None else max(1, round(per_epoch * epochs))
-
-
-def examples_of_step(step: int, num_examples: int, batch_size: int, seed: int) -> IntArray:
-    """Indices of the examples of 1-based ``step``: a pure function of (seed, epoch), so that a run can be resumed,
-    repeated or spread over any number of processes without a change of order."""
-    per_epoch = -(-num_examples // batch_size)
-    epoch, batch = divmod(step - 1, per_epoch)
-    return _order(num_examples, seed, epoch)[batch * batch_size : (batch + 1) * batch_size]
-
-
-@lru_cache(maxsize=1)
-def _order(num_examples: int, seed: int, epoch: int) -> IntArray:
-    """One epoch's; made once in it, since that takes a second for ten million examples."""
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_examples)
-    order.flags.writeable = False
-    return order

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from likely.data.dataset import examples_of_step
+from likely.data.order import Order
 from likely.data.packing import build_packs, normalize_per_example
 from likely.data.trie import context_length
 from likely.errors import NonFiniteError, ResourceError, first_line, is_out_of_memory
@@ -18,13 +18,13 @@ from likely.model.forward import LanguageModel
 from likely.training.ahead import Ahead
 from likely.training.optim import Schedule, learning_rate_at, set_learning_rate
 from likely.training.step import apply_gradient, compute_gradient
-from likely.types import Example, Pack, StepMetrics
+from likely.types import Example, IntArray, Pack, StepMetrics
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
     """What the loop needs to know. ``batch_size`` in examples per optimizer step, ``pack_tokens`` in trie tokens per
-    forward; ``normalize`` as in the config."""
+    forward; ``normalize`` as in the config; ``family_N`` as in :class:`likely.data.order.Order`."""
 
     num_steps: int
     batch_size: int
@@ -35,6 +35,7 @@ class TrainingPlan:
     max_grad_norm: float
     normalize: str
     seed: int
+    family_N: IntArray | None = None
 
 
 class Observer(Protocol):
@@ -71,10 +72,11 @@ def train(
         NonFiniteError: names the step and the examples in it; the weights are those of the step before.
         ResourceError: an example alone doesn't fit in memory.
     """
+    order = Order(len(examples), plan.batch_size, plan.seed, plan.family_N)
     fitting = _Fitting(model, optimizer, plan.pack_tokens, plan.max_grad_norm, observer)
 
     def prepare(key: tuple[int, int]) -> _Prepared:
-        return _Prepared.of(key[0], examples, plan, key[1], share=model.shares)
+        return _Prepared.of(key[0], examples, plan, key[1], order, share=model.shares)
 
     with Ahead(prepare) as ahead:
         for step in range(steps_done + 1, plan.num_steps + 1):
@@ -97,9 +99,9 @@ class _Prepared:
 
     @classmethod
     def of(
-        cls, step: int, examples: Sequence[Example], plan: TrainingPlan, pack_tokens: int, *, share: bool
+        cls, step: int, examples: Sequence[Example], plan: TrainingPlan, pack_tokens: int, order: Order, *, share: bool
     ) -> _Prepared:
-        chosen = [examples[i] for i in examples_of_step(step, len(examples), plan.batch_size, plan.seed)]
+        chosen = [examples[i] for i in order.of_step(step)]
         weighed = [normalize_per_example(e) for e in chosen] if plan.normalize == "example" else chosen
         return cls(chosen, weighed, _packs_of(weighed, pack_tokens, share=share))
 
