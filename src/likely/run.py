@@ -32,6 +32,7 @@ from likely.training import engine, memory
 from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint
 from likely.training.log import Display, MetricsFile
 from likely.training.optim import build_optimizer
+from likely.types import Example
 
 
 @dataclass(frozen=True)
