@@ -82,6 +82,7 @@ WITHIN = {
         "flash",
         "flex",
         "kernels",
+        "quantized",
         "layer",
         "decoder",
         "adapters",

@@ -121,7 +121,9 @@ class Config(BaseModel):
     weight_decay: Number = Field(0.0, ge=0, description="AdamW decay of matrices; 0 minimises the likelihood itself")
     max_grad_norm: Number = Field(1.0, gt=0, description="clip the gradient to this global norm")
 
-    tune: Literal["full", "lora"] = Field("lora", description="train all weights, or low-rank adapters")
+    tune: Literal["full", "lora", "qlora"] = Field(
+        "lora", description="train all weights, low-rank adapters, or those on a base in four bits"
+    )
     lora_rank: PositiveInt = Field(16, description="rank of the adapters")
     lora_alpha: Number | None = Field(None, gt=0, description="scale of the adapters times their rank [2 x rank]")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -176,7 +178,7 @@ class Config(BaseModel):
 
     @property
     def peak_learning_rate(self) -> float:
-        return self.learning_rate if self.learning_rate is not None else {"full": 2e-5, "lora": 2e-4}[self.tune]
+        return self.learning_rate if self.learning_rate is not None else 2e-5 if self.tune == "full" else 2e-4
 
 
 class Launch(BaseModel):

@@ -353,7 +353,7 @@ def _estimate(place: Place, load: estimating.Load, settings: CheckSettings, tota
     told = estimating.estimate(
         shape,
         load,
-        tune=settings.tune,
+        tune="full" if settings.tune == "full" else "lora",  # four bits take less; how much less is not known here
         lora_rank=settings.lora_rank,
         dtype=settings.dtype,
         rate=estimating.measure_rate(shape.hidden),

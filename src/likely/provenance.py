@@ -15,6 +15,7 @@ import torch
 from likely.data.dataset import Dataset
 from likely.model.forward import LanguageModel
 from likely.model.place import Place
+from likely.model.quantized import shape_of
 from likely.types import StepMetrics
 
 PACKAGES = ("likely", "torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "pydantic")
@@ -58,7 +59,7 @@ def describe(
         "shares_prefixes": model.shares,
         "seed": seed,
         "num_steps": num_steps,
-        "num_parameters": sum(p.numel() for p in parameters),
+        "num_parameters": sum(shape_of(p).numel() for p in parameters),
         "num_trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "supervised": data.tokens_per_role(),
     }
@@ -108,6 +109,7 @@ def facts(config: dict[str, Any], origins: dict[str, Any], steps: Sequence[StepM
     total = sum(role["tokens"] for role in origins["supervised"].values())
     families = ", families of a common prompt together" if config["order"] == "families" else ""
     what = "all weights" if config["tune"] == "full" else f"LoRA adapters of rank {config['lora_rank']}"
+    what += " on a base in four bits" if config["tune"] == "qlora" else ""
     return {
         "trained": f"{what}, {origins['num_trainable']:,} of {origins['num_parameters']:,} parameters",
         "data": f"{origins['data']['rows']} rows, SHA-256 {origins['data']['sha256'][:16]}",

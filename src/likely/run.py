@@ -127,7 +127,8 @@ def _load(inputs: _Inputs, saved: Path | None = None) -> LanguageModel:
     if saved is not None:
         model = models.load_for_resuming(config.model, saved, compute_dtype=dtype)
     else:
-        tuning = models.Tuning(config.lora_rank if config.tune == "lora" else None, config.lora_alpha, config.seed)
+        rank = None if config.tune == "full" else config.lora_rank
+        tuning = models.Tuning(rank, config.lora_alpha, config.seed, quantized=config.tune == "qlora")
         model = models.load_for_training(config.model, tuning, compute_dtype=dtype)
     memory.set_limits(model, config.activation_checkpointing)
     if model.activation_room != 0:

@@ -63,7 +63,7 @@ class CheckSettings(BaseModel):
     steps: PositiveInt | None = _as_in_training("steps")
     batch_size: PositiveInt = _as_in_training("batch_size")
     pack_tokens: PositiveInt | None = _as_in_training("pack_tokens")
-    tune: Literal["full", "lora"] = _as_in_training("tune")
+    tune: Literal["full", "lora", "qlora"] = _as_in_training("tune")
     lora_rank: PositiveInt = _as_in_training("lora_rank")
     dtype: Literal["auto", "float32", "bfloat16"] = _as_in_training("dtype")
     seed: int = _as_in_training("seed")

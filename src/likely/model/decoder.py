@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
+from likely.model import quantized
 from likely.model.attention import TriePlan
 from likely.model.layer import Angles, AttentionHalf, Casts, Linear, MlpHalf, Norm, Sight, parameters
 from likely.model.transfer import to_device
@@ -184,9 +185,9 @@ def _read_norm(module: Any, family: _Family) -> Norm:
 
 
 def _read_linear(module: Any) -> Linear:
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear or quantized.is_linear(module):
         return Linear(*_read_plain(module))
-    if type(module) is not LoraLinear or type(module.base_layer) is not nn.Linear:
+    if type(module) is not LoraLinear and not quantized.has_adapter(module):
         raise NotRecognisedError(f"it has a {type(module).__name__}")
     weight, bias = _read_plain(_unwatched(module).base_layer)
     active = [name for name in module.active_adapters if name in module.lora_A]
@@ -202,14 +203,14 @@ def _read_linear(module: Any) -> Linear:
 
 def _read_plain(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a plain linear layer."""
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not quantized.is_linear(module):
         raise NotRecognisedError(f"it has a {type(module).__name__}")
     _unwatched(module)
     return _in_memory(module.weight), None if module.bias is None else _in_memory(module.bias)
 
 
 def _in_memory(weight: Tensor) -> Tensor:
-    """The weight, if it is no quantised or distributed one that only looks like a tensor."""
-    if type(weight) not in {nn.Parameter, Tensor}:
+    """The weight, if it is no distributed one, or quantised in another way, that only looks like a tensor."""
+    if type(weight) not in {nn.Parameter, Tensor} and not quantized.is_packed(weight):
         raise NotRecognisedError(f"it has a weight that is a {type(weight).__name__}")
     return weight

@@ -164,8 +164,7 @@ class LanguageModel:
         inputs and outputs of all linear layers twice."""
         if self._bytes_a_node is None:
             modules = (m for m in self.causal_lm.base_model.modules() if not isinstance(m, torch.nn.Embedding))
-            weights = [w for m in modules if isinstance(w := getattr(m, "weight", None), Tensor) and w.ndim == 2]
-            sides = sum(sum(weight.shape) for weight in weights)
+            sides = sum(map(_sides, modules))
             self._bytes_a_node = 2 * sides * self.compute_dtype.itemsize
         again = self.activation_room is not None and self._bytes_a_node * num_nodes > self.activation_room
         for layer in self.causal_lm.modules():
@@ -261,6 +260,15 @@ def connect(network: Any, name: str, *, compute_dtype: torch.dtype) -> LanguageM
             return model
         failure = f"log-likelihoods differ by {difference:.2g} nats from those of transformers"
     raise ModelError(f"{name}: {failure}", way_out="this architecture is not supported")
+
+
+def _sides(module: Any) -> int:
+    """Inputs and outputs of a linear layer; 0 of what is none."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        return 0
+    # The weight of a quantised layer is a column of bytes.
+    return int(module.in_features + module.out_features) if hasattr(module, "in_features") else sum(weight.shape)
 
 
 def _decoder_of(causal_lm: Any) -> Decoder | None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from likely.model.attention import Blocks, attend, attend_backward, num_kept
 from likely.model.elementwise import before_gate, before_norm, gated, normal, rotate, scaled_normal, silu, wide
+from likely.model.quantized import is_packed, numbers, shape_of
 
 Gradients = list[Tensor | None]
 
@@ -56,6 +57,8 @@ class Casts:
     def __call__(self, parameter: Tensor) -> Tensor:
         if parameter.dtype == self.dtype:
             return parameter.detach()
+        if is_packed(parameter):  # to save memory, so it would be lost on a copy that stays
+            return numbers(parameter, self.dtype)
         if not self.kept or not parameter.is_leaf:
             return parameter.detach().to(self.dtype)
         key = id(parameter)
@@ -110,11 +113,11 @@ class Linear:
 
     @property
     def num_in(self) -> int:
-        return self.weight.shape[1]
+        return shape_of(self.weight)[1]
 
     @property
     def num_out(self) -> int:
-        return self.weight.shape[0]
+        return shape_of(self.weight)[0]
 
     @property
     def parameters(self) -> tuple[Tensor, ...]:

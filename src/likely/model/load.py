@@ -19,6 +19,7 @@ from likely.model.adapters import add_lora
 from likely.model.forward import LanguageModel, connect
 from likely.model.headers import Stored, check_finite
 from likely.model.place import Place, find_model, local_folder, quiet_transformers
+from likely.model.quantized import NF4, is_quantized, keep_layout, quantization_config
 from likely.model.untrusted import IDENTITY, check_adapter, check_model, identity, read_adapter_config, read_json
 
 # What older versions of transformers wrote beside the weights and newer ones compute: frequencies, causal masks and the
@@ -26,11 +27,15 @@ from likely.model.untrusted import IDENTITY, check_adapter, check_model, identit
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$|position_ids$")
 
 
-def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -> Any:
+def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False, quantized: bool = False) -> Any:
     """The transformers model at a place, with its adapter if there is one. All that its files promise is checked first:
     see :mod:`likely.model.untrusted`.
 
+    Args:
+        quantized: linear layers in four bits; the base of an adapter that was trained so is so in any case.
+
     Raises:
+        ConfigError: it is to be quantised, and bitsandbytes is not installed.
         ModelError: the files are not to be trusted, broken, not those of this architecture, or not finite.
     """
     quiet_transformers()
@@ -38,6 +43,7 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -
     tensors = check_model(folder)
     if not tensors:
         raise ModelError("no safetensors weights", place=place.weights, way_out="name a folder with weights")
+    four_bits = {"quantization_config": quantization_config()} if quantized or trained_on_nf4(place) else {}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         wanted = _check_sizes(config, tensors)
@@ -50,6 +56,7 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # they are reported then, and refused below by name
             output_loading_info=True,
+            **four_bits,
         )
     except ModelError:
         raise
@@ -59,6 +66,8 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False) -
     # The name that an adapter remembers: a hub id stays one, wherever its files are kept.
     network.name_or_path = network.config.name_or_path = place.weights
     network.config.use_cache = True
+    if four_bits:
+        keep_layout(network)
     if trainable:
         network.base_sha256 = identity(folder)  # what an adapter that is trained on it remembers
     return network if place.adapter is None else _with_adapter(network, place, folder, trainable)
@@ -139,6 +148,12 @@ def _with_adapter(network: Any, place: Place, base: Path, trainable: bool) -> An
     return adapted
 
 
+def trained_on_nf4(place: Place) -> bool:
+    """Whether the adapter at a place, if there is one, was trained on a base in four bits."""
+    identity_file = Path(place.adapter or "") / IDENTITY
+    return place.adapter is not None and identity_file.exists() and read_json(identity_file).get("quantization") == NF4
+
+
 def load_model(
     name: str, *, compute_dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> LanguageModel:
@@ -149,11 +164,12 @@ def load_model(
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is trained: all weights (``lora_rank`` None), or adapters of that rank."""
+    """What is trained: all weights (``lora_rank`` None), or adapters of that rank, on a ``quantized`` base or not."""
 
     lora_rank: int | None = None
     lora_alpha: float | None = None
     seed: int = 0
+    quantized: bool = False
 
 
 def load_for_training(
@@ -170,7 +186,7 @@ def load_for_training(
         _check_tuning(place, name, tuning)
     # Whatever a layer may draw in training is a function of the seed.
     torch.manual_seed(tuning.seed)
-    network = read_network(place, dtype=torch.float32, trainable=True)
+    network = read_network(place, dtype=torch.float32, trainable=True, quantized=tuning.quantized)
     if tuning.lora_rank is not None and place.adapter is None:
         network = add_lora(network, rank=tuning.lora_rank, alpha=tuning.lora_alpha, seed=tuning.seed)
     network = network.to(device or best_device())
@@ -182,6 +198,13 @@ def _check_tuning(place: Place, name: str, tuning: Tuning) -> None:
     if tuning.lora_rank is None:
         raise ModelError(
             "this is an adapter, and full tuning trains all weights", place=name, way_out="use --tune lora"
+        )
+    if tuning.quantized != trained_on_nf4(place):
+        kind, other = ("qlora", "lora") if trained_on_nf4(place) else ("lora", "qlora")
+        raise ConfigError(
+            f"tune is {other}, and the adapter to go on with was trained with {kind}",
+            place=name,
+            way_out=f"use --tune {kind}",
         )
     own = read_adapter_config(Path(place.adapter))
     for flag, asked, has in (
@@ -228,6 +251,7 @@ def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
             base = {
                 "base": settings.base_model_name_or_path,
                 "base_sha256": model.causal_lm.base_sha256,
+                "quantization": NF4 if is_quantized(network) else None,
             }
             (folder / IDENTITY).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
         else:
