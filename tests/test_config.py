@@ -305,7 +305,7 @@ def test_a_date_in_yaml_stands_in_quotes(tmp_path: Path) -> None:
         ("prompt_weight", [-0.1, 1.01, 2], [0, 0.5, 1]),
         ("seed", [-1, 0.5, 2**64, 10**30], [0, 2**40, 2**64 - 1]),
         ("schedule", ["linear", "Cosine"], ["cosine", "constant"]),
-        ("tune", ["loro", "LoRA", "qlora"], ["full", "lora"]),
+        ("tune", ["loro", "LoRA", "QLoRA"], ["full", "lora", "qlora"]),
         ("dtype", ["float16", "bf16"], ["auto", "float32", "bfloat16"]),
         ("train_on", ["user", "completion"], ["assistant", "last_assistant", "all"]),
         ("normalize", ["none", "examples"], ["token", "example"]),
