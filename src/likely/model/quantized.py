@@ -7,7 +7,6 @@ in the files. So an adapter remembers what its base was in, and is loaded on the
 from __future__ import annotations
 
 import importlib.util
-import logging
 import sys
 from typing import Any
 
@@ -28,7 +27,6 @@ def quantization_config() -> Any:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError("a base in four bits needs bitsandbytes", way_out="pip install 'likely[qlora]', or use lora")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it asks for kernels that it does without
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=NF4,
