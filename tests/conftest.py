@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+import browser as browsing
 from chatml import CHATML
 from likely.model.forward import LanguageModel, connect
 from likely.types import ROLES, Example, Source
@@ -235,3 +236,19 @@ def tiny_model_dir(
 ) -> Path:
     """A Hugging Face folder with a tiny Llama and the chat tokenizer. All tests share it: read it, don't write it."""
     return make_model_dir(chat_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[browsing.Browser]:
+    """One process for the tests of a file."""
+    if browsing.CHROMIUM is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    with browsing.running() as running:
+        yield running
+
+
+@pytest.fixture
+def browser(chromium: browsing.Browser) -> Iterator[browsing.Browser]:
+    """``browser.visit(file or URL)``: a page in a fresh profile, closed after the test."""
+    yield chromium
+    chromium.close_pages()
