@@ -16,12 +16,14 @@ FLOORS = [
     ("likely", 8),  # the Python API, the package's own file
     ("likely.run", 7),
     ("likely.look", 7),
+    ("likely.deliver", 7),
     ("likely.examine", 7),
     ("likely.journal", 6),
     ("likely.outcome", 6),
     ("likely.run_folder", 5),
     ("likely.provenance", 5),
     ("likely.training.engine", 5),
+    ("likely.exports", 5),
     ("likely.insight", 5),
     ("likely.training", 4),
     ("likely.model", 3),
@@ -93,7 +95,9 @@ WITHIN = {
         "forward",
         "generate",
         "load",
+        "merge",
     ],
+    "exports": ["sample", "vocabulary", "gguf_file", "readers", "fidelity", "go_template", "modelfile", "hub"],
     "insight": [
         "pictures",
         "distribution",
@@ -115,14 +119,16 @@ WITHIN = {
     "training": ["ahead", "objective", "optim", "step", "memory", "checkpoint", "log"],
 }
 ALLOWED = {
-    "torch": {"model", "training", "insight/lens.py", "insight/explain.py", "provenance.py"},
-    "transformers": {"model", "data/render.py"},
-    "peft": {"model"},
+    "torch": {"model", "training", "exports/readers.py", "insight/lens.py", "insight/explain.py", "provenance.py"},
+    "transformers": {"model", "data/render.py", "exports/readers.py"},
+    "peft": {"model", "exports/readers.py"},
+    "gguf": {"exports/gguf_file.py", "exports/readers.py"},
+    "llama_cpp": {"exports/readers.py"},
     "tokenizers": {"data/encoding.py"},
     "jinja2": {"data/jinja_child.py", "insight/report.py", "insight/check_page.py"},
     "pyarrow": {"data/reading.py", "insight/score_file.py"},
     "datasets": {"data/hub.py"},
-    "huggingface_hub": {"model/place.py"},
+    "huggingface_hub": {"model/place.py", "exports/hub.py"},
     "torch.distributed": {"training/parallel.py"},
     "rensa": {"data/duplicates.py"},
     "ftfy": {"data/audit.py"},
@@ -228,7 +234,7 @@ def test_only_the_command_line_and_the_log_speak() -> None:
 def test_the_whole_config_is_named_only_where_verbs_are_wired() -> None:
     settings = {"likely.config", "likely.verb_settings"}
     named = {p.name for p in FILES for module, _ in imports_of(p) if module in settings}
-    assert named <= {"cli.py", "run.py", "look.py", "examine.py", "__init__.py", "verb_settings.py"}
+    assert named <= {"cli.py", "run.py", "look.py", "deliver.py", "examine.py", "__init__.py", "verb_settings.py"}
 
 
 def test_the_version_is_written_once_and_in_the_changelog() -> None:
@@ -259,6 +265,7 @@ def test_public_names() -> None:
         "ResourceError",
         "check",
         "evaluate",
+        "export",
         "score",
         "train",
     ]

@@ -35,6 +35,7 @@ __all__ = [
     "ResourceError",
     "check",
     "evaluate",
+    "export",
     "score",
     "train",
 ]
@@ -127,3 +128,27 @@ def evaluate(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
     from likely.verb_settings import EvaluateSettings
 
     return look_evaluate(data, make_settings(EvaluateSettings, {"model": model, **settings}), Display(quiet=True))
+
+
+def export(*, run: str, to: str, output: str, **settings: Any) -> dict[str, Any]:
+    """Write a run's tuned model for other tools and prove it there, as ``likely export --json`` prints.
+
+    Args:
+        run: a run folder, or ``RUN@step-N``.
+        to: ``merged``, ``adapter``, ``gguf`` or ``ollama``.
+        output: the folder to create.
+        **settings: any other field of :class:`likely.verb_settings.ExportSettings`, such as ``type`` or ``push``.
+
+    Returns:
+        The content of export.json; see :func:`likely.deliver.export`.
+
+    Raises:
+        LikelyError: of the kind that fits the fault; nothing is left of an export that failed.
+    """
+    from likely.config import make_settings
+    from likely.deliver import export as deliver_export
+    from likely.training.log import Display
+    from likely.verb_settings import ExportSettings
+
+    asked = make_settings(ExportSettings, {"to": to, "output": output, **settings})
+    return deliver_export(run, asked, Display(quiet=True))

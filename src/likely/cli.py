@@ -33,7 +33,7 @@ from likely.credentials import redact
 from likely.errors import ConfigError, DataError, GuardError, LikelyError, ResourceError, is_out_of_memory
 from likely.stops import Stopped
 from likely.streams import lasting, silence
-from likely.verb_settings import CheckSettings, EvaluateSettings, ExplainSettings, LookSettings
+from likely.verb_settings import CheckSettings, EvaluateSettings, ExplainSettings, ExportSettings, LookSettings
 
 app = typer.Typer(
     name="likely",
@@ -230,6 +230,23 @@ def explain(settings: dict[str, Any], as_json: Json = False) -> None:
 
     result = look.explain(asked)
     _print(json.dumps(result) if as_json else explanation(result))
+
+
+@app.command("export")
+@_with_flags(ExportSettings)
+def export(
+    settings: dict[str, Any],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or RUN@step-N")],
+    as_json: Json = False,
+) -> None:
+    """Write a run's model for other tools; load it there and score it again before it gets its name."""
+    asked = make_settings(ExportSettings, settings)
+    from likely import deliver
+    from likely.insight.prose import export_text
+    from likely.training.log import Display
+
+    result = deliver.export(run, asked, Display())
+    _print(json.dumps(result, ensure_ascii=False) if as_json else export_text(result, asked.output))
 
 
 @app.command()

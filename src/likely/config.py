@@ -38,7 +38,7 @@ def _a_name(value: str) -> str:
     return value
 
 
-def _a_folder(value: str) -> str:
+def a_folder(value: str) -> str:
     if not value.isascii() and value.encode(errors="replace").decode() != value:
         raise ValueError("the libraries that write models can only write to names in UTF-8")
     return value
@@ -89,7 +89,7 @@ class Config(BaseModel):
     guard_max_gain: Number | None = Field(
         None, ge=0, description="exit with 8 if an unwanted response gains more nats, or gains them on the wanted one"
     )
-    output: Annotated[Name, AfterValidator(_a_folder)] = Field(description="run folder to create")
+    output: Annotated[Name, AfterValidator(a_folder)] = Field(description="run folder to create")
 
     format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = Field(
         "auto", description="shape of the rows; auto looks at every row"

@@ -57,7 +57,11 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def disk_errors(place: Path, what: str) -> Iterator[None]:
+def disk_errors(
+    place: Path,
+    what: str,
+    way_out: str = "free some disk or make the folder writable, then continue with --resume",
+) -> Iterator[None]:
     """Turn what the disk refuses inside into one line about ``place``.
 
     Raises:
@@ -72,11 +76,7 @@ def disk_errors(place: Path, what: str) -> Iterator[None]:
         if not (isinstance(error, (OSError, SafetensorError)) or "(os error " in str(error)):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
-        raise ResourceError(
-            f"{what} can't be written: {reason}",
-            place=str(place),
-            way_out="free some disk or make the folder writable, then continue with --resume",
-        ) from error
+        raise ResourceError(f"{what} can't be written: {reason}", place=str(place), way_out=way_out) from error
 
 
 def sync_file(path: Path) -> None:

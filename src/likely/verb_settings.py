@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from likely.config import Config, DataFiles, Day, Name, Number, PositiveInt
+from likely.config import Config, DataFiles, Day, Name, Number, PositiveInt, a_folder
 
 
 def _as_in_training(key: str) -> Any:
@@ -108,4 +108,30 @@ class EvaluateSettings(LookSettings):
             raise ValueError("guard_max_gain bounds a change, so it needs guard and base; give both")
         if self.generate_tokens is not None and not self.generate:
             raise ValueError("generate_tokens has no effect without generate; give that too")
+        return self
+
+
+class ExportSettings(BaseModel):
+    """What ``likely export`` is asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    to: Literal["merged", "adapter", "gguf", "ollama"] = Field(
+        description="a Hugging Face folder, a PEFT adapter, a GGUF file, or one with Ollama's Modelfile"
+    )
+    output: Annotated[Name, AfterValidator(a_folder)] = Field(description="folder to create")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="dtype of merged weights; auto is that of the base"
+    )
+    type: Literal["f32", "f16", "bf16", "q8_0"] = Field("f16", description="how a GGUF file keeps its matrices")
+    rows: PositiveInt = Field(32, description="rows to verify the export with")
+    data: DataFiles | None = Field(None, description="rows to verify with [the run's held-out rows]")
+    push: str | None = Field(None, description="upload to ORG/NAME of the hub, with the token in HF_TOKEN")
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> ExportSettings:
+        if self.dtype != "auto" and self.to != "merged":
+            raise ValueError("dtype is that of merged weights; leave it out")
+        if "type" in self.model_fields_set and self.to not in {"gguf", "ollama"}:
+            raise ValueError("type is that of a GGUF file; leave it out")
         return self

@@ -173,3 +173,16 @@ def run_text(report: dict[str, Any], folder: Path) -> str:
     lines += _retain(report.get("retain")) + _guard(report.get("guard"))
     lines += [f"\n{report['verdict']}", f"model: {folder / 'model'}   report: {folder / 'report.html'}"]
     return "\n".join(lines)
+
+
+def export_text(report: dict[str, Any], folder: str) -> str:
+    """What was written, and what the tool that will use it made of it."""
+    nll = report["nll"]
+    lines = [
+        f"{folder}: verified with {report['tool']} on {report['rows']['num']} {report['rows']['from']}",
+        f"  NLL {nll['export']:.6f} nats per token; the run's is {nll['run']:.6f}: {abs(nll['difference']):.1e} apart",
+        f"  ({nll['bound']:g} is allowed for {report['dtype']}), and single tokens {nll['unsigned']:.1e} in the mean",
+        f"  {report['texts']} texts have the tokens of training; answers end at {', '.join(report['stop_tokens'])}",
+        *(f"  note: {note}" for note in report["notes"]),
+    ]
+    return "\n".join([*lines, f"pushed: {report['pushed']}"] if report["pushed"] else lines)

@@ -27,12 +27,15 @@ from likely.model.untrusted import IDENTITY, check_adapter, check_model, identit
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$|position_ids$")
 
 
-def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False, quantized: bool = False) -> Any:
+def read_network(
+    place: Place, *, dtype: torch.dtype, trainable: bool = False, quantized: bool = False, expanded: bool = False
+) -> Any:
     """The transformers model at a place, with its adapter if there is one. All that its files promise is checked first:
     see :mod:`likely.model.untrusted`.
 
     Args:
         quantized: linear layers in four bits; the base of an adapter that was trained so is so in any case.
+        expanded: the numbers that four bits stand for, as ordinary layers, so that an adapter can be merged into them.
 
     Raises:
         ConfigError: it is to be quantised, and bitsandbytes is not installed.
@@ -66,7 +69,9 @@ def read_network(place: Place, *, dtype: torch.dtype, trainable: bool = False, q
     # The name that an adapter remembers: a hub id stays one, wherever its files are kept.
     network.name_or_path = network.config.name_or_path = place.weights
     network.config.use_cache = True
-    if four_bits:
+    if four_bits and expanded:
+        network = network.dequantize(dtype)
+    elif four_bits:
         keep_layout(network)
     if trainable:
         network.base_sha256 = identity(folder)  # what an adapter that is trained on it remembers
@@ -274,7 +279,7 @@ def best_device() -> torch.device:
 def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """``auto`` is bfloat16 where the device multiplies it in hardware, else float32."""
     if wanted != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[wanted]
+        return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[wanted]
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -214,7 +214,7 @@ def _random_states() -> dict[str, torch.Tensor]:
     }
 
 
-def require_disk(folder: Path, num_bytes: int) -> None:
+def require_disk(folder: Path, num_bytes: int, what: str = "a checkpoint with the model") -> None:
     """Find out before hours of work that there is no room for what they give.
 
     Raises:
@@ -224,7 +224,7 @@ def require_disk(folder: Path, num_bytes: int) -> None:
     free, needed = disk.f_bavail * disk.f_frsize, int(1.2 * num_bytes)
     if free < needed:
         raise ResourceError(
-            f"{free / 1e6:,.0f} MB of disk are free, and a checkpoint with the model takes {needed / 1e6:,.0f} MB",
+            f"{free / 1e6:,.0f} MB of disk are free, and {what} takes {needed / 1e6:,.0f} MB",
             place=str(folder),
             way_out="free some, or name an --output on another disk",
         )
