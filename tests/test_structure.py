@@ -29,6 +29,7 @@ FLOORS = [
     ("likely.model", 3),
     ("likely.data.cache", 3),
     ("likely.data", 2),
+    ("likely.migration", 2),
     ("likely.verb_settings", 2),
     ("likely.config", 1),
     ("likely.manifest", 2),
@@ -116,7 +117,8 @@ WITHIN = {
         "estimate",
         "check_page",
     ],
-    "training": ["ahead", "objective", "optim", "step", "memory", "checkpoint", "log"],
+    "migration": ["foreign", "huggingface", "trl", "llamafactory", "axolotl", "openai", "carry"],
+    "training": ["ahead", "objective", "optim", "step", "memory", "checkpoint", "log", "tracking"],
 }
 ALLOWED = {
     "torch": {"model", "training", "exports/readers.py", "insight/lens.py", "insight/explain.py", "provenance.py"},
@@ -130,6 +132,10 @@ ALLOWED = {
     "datasets": {"data/hub.py"},
     "huggingface_hub": {"model/place.py", "exports/hub.py"},
     "torch.distributed": {"training/parallel.py"},
+    "tensorboard": {"training/tracking.py"},
+    "wandb": {"training/tracking.py"},
+    "mlflow": {"training/tracking.py"},
+    "trackio": {"training/tracking.py"},
     "rensa": {"data/duplicates.py"},
     "ftfy": {"data/audit.py"},
     "multiprocessing": {"data/parallel.py"},

@@ -250,9 +250,28 @@ def export(
 
 
 @app.command()
-def init() -> None:
-    """Print a commented YAML of every setting and its default."""
-    _print(template_yaml())
+def init(
+    file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="another trainer's settings or job")] = None,
+    trainer: Annotated[str | None, typer.Option("--from", help="trl, axolotl, llamafactory or openai")] = None,
+) -> None:
+    """Print a YAML: every setting with its default, or those that another trainer's file comes to."""
+    if file is None and trainer is None:
+        _print(template_yaml())
+        return
+    from likely.migration.carry import TRAINERS, carry_over
+
+    if trainer not in TRAINERS or file is None:
+        raise ConfigError(
+            "a trainer and its file go together", place="init", way_out=f"--from {'|'.join(TRAINERS)} FILE"
+        )
+    carried = carry_over(trainer, file)
+    try:
+        make_training(carried.settings)
+    except ConfigError as error:
+        raise ConfigError(error.message, place=str(file), way_out=error.way_out) from error
+    for line in [*carried.notes, f"{file}: {carried.summary}"]:
+        sys.stderr.write(f"{line}\n")
+    _print(carried.to_yaml())
 
 
 @app.command()

@@ -59,7 +59,17 @@ def _a_day(value: str) -> str:
     raise ValueError("no such day; write it as YYYY-MM-DD, such as 2024-07-26")
 
 
+def _trackers(value: str) -> str:
+    names = [name.strip() for name in value.split(",")]
+    strange = next((name for name in names if name not in TRACKERS or names.count(name) > 1), None)
+    if strange is not None:
+        raise ValueError(f"name one or more of {', '.join(TRACKERS)}, each once, separated by commas")
+    return ",".join(names)
+
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 DataFiles = Annotated[str, BeforeValidator(_joined), AfterValidator(_a_name)]
+Trackers = Annotated[str, BeforeValidator(_joined), AfterValidator(_trackers)]
 Day = Annotated[str, AfterValidator(_a_day)]
 
 
@@ -191,6 +201,13 @@ class Launch(BaseModel):
         pattern=r"^(newest|step-\d{1,12})$",
         description="go on with the run in --output from its newest valid checkpoint, or from the one named: step-N",
     )
+    track: Trackers | None = Field(
+        None, description="tell the metrics to tensorboard, wandb, mlflow or trackio too; several separated by commas"
+    )
+
+    @property
+    def trackers(self) -> list[str]:
+        return self.track.split(",") if self.track else []
 
 
 SETTINGS_OF_TRAINING = {**Config.model_fields, **Launch.model_fields}

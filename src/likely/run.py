@@ -32,6 +32,7 @@ from likely.training import engine, memory
 from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint
 from likely.training.log import Display, MetricsFile
 from likely.training.optim import build_optimizer
+from likely.training.tracking import About, Tracking, tracked
 from likely.types import Example
 
 
@@ -68,9 +69,13 @@ def train(config: Config, display: Display, launch: Launch | None = None) -> Run
         Stopped: by a signal, after saving what is done.
     """
     launch = launch or Launch()
-    with stops.listening(), run_folder.claimed(config.output, resume=launch.resume is not None) as claim:
+    with (
+        stops.listening(),
+        run_folder.claimed(config.output, resume=launch.resume is not None) as claim,
+        tracked(launch.trackers, display.say) as tracking,
+    ):
         try:
-            return _train(config, launch, claim, display)
+            return _train(config, launch, claim, tracking, display)
         except stops.Stopped as stopped:
             raise stops.Stopped(stopped.signum, f"{stopped}; {claim.how_to_go_on()}") from None
         except Exception as error:
@@ -84,7 +89,7 @@ def train(config: Config, display: Display, launch: Launch | None = None) -> Run
             raise
 
 
-def _train(config: Config, launch: Launch, claim: run_folder.Claim, display: Display) -> Run:
+def _train(config: Config, launch: Launch, claim: run_folder.Claim, tracking: Tracking, display: Display) -> Run:
     folder = claim.folder
     start = run_folder.find_start(folder, launch.resume, display.say)
     if start.finished:
@@ -96,7 +101,7 @@ def _train(config: Config, launch: Launch, claim: run_folder.Claim, display: Dis
         display.say(note)
     if not model.shares:
         display.say("this model's layers can't follow a branching prefix: each example is computed on its own")
-    session = _begin(inputs, model, start, claim, display)
+    session = _begin(inputs, model, start, claim, tracking, display)
     before = outcome.look(model, inputs.yardsticks, display, "base")
     if before.summary:
         session.journal.record(0, before.summary)
@@ -225,7 +230,12 @@ class _Session:
 
 
 def _begin(
-    inputs: _Inputs, model: LanguageModel, start: run_folder.Start, claim: run_folder.Claim, display: Display
+    inputs: _Inputs,
+    model: LanguageModel,
+    start: run_folder.Start,
+    claim: run_folder.Claim,
+    tracking: Tracking,
+    display: Display,
 ) -> _Session:
     """Write down what is about to be done, after comparing it with what was begun."""
     config, folder = inputs.config, claim.folder
@@ -250,8 +260,9 @@ def _begin(
         for name, dataset in (("rejected.jsonl", inputs.data), ("rejected-eval.jsonl", inputs.eval_data)):
             if dataset and dataset.rejected:
                 storage.replace_file(folder / name, dataset.rejected_lines().encode())
+    tracking.start(About(str(origins["run_id"]), folder.name, folder, config.model_dump()))
     journal = Journal(
-        MetricsFile(folder / "metrics.jsonl"),
+        MetricsFile(folder / "metrics.jsonl", tracking.tell),
         total,
         eval_every=config.eval_every,
         save_every=config.save_every,

@@ -14,7 +14,10 @@ from likely.errors import ConfigError, ModelError
 from likely.training.checkpoint import Checkpoint, State, name_of, newest_valid, open_checkpoint, saved_steps
 
 # What stands in a folder before anything of worth does.
-BEGINNING = {"config.yaml", "run.json", "metrics.jsonl", "rejected.jsonl", "rejected-eval.jsonl", "checkpoints"}
+TRACKED = {"tensorboard", "wandb"}  # made anew from metrics.jsonl whenever a run begins or goes on
+BEGINNING = TRACKED | {
+    "config.yaml", "run.json", "metrics.jsonl", "rejected.jsonl", "rejected-eval.jsonl", "checkpoints",
+}  # fmt: skip
 # Settings that change no weight and no score. Where the data and the model stand may change too: their content may not.
 FREE = {
     "activation_checkpointing",
@@ -125,7 +128,9 @@ def _holds_a_run(folder: Path) -> bool:
 
 def _clear(folder: Path) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if path.name in BEGINNING:
+        if path.name in TRACKED:
+            storage.discard(path)
+        elif path.name in BEGINNING:
             path.rmdir() if path.is_dir() else path.unlink()
 
 

@@ -24,10 +24,12 @@ SECONDS_BETWEEN_LINES = 10.0
 
 class MetricsFile:
     """One JSON object a line. A line is the operating system's before the next step starts, and on the disk before a
-    checkpoint speaks of it. ``num_bytes`` is the length of the whole lines: a line that failed may leave a part."""
+    checkpoint speaks of it. ``num_bytes`` is the length of the whole lines: a line that failed may leave a part.
+    ``tell`` hears of each line once it is there, and of those that stay when a run goes on."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, tell: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
         self._path = path
+        self._tell = tell
         self.num_bytes = 0
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -35,6 +37,7 @@ class MetricsFile:
         with storage.disk_errors(self._path, "the metrics"):
             storage.append(self._path, line)
         self.num_bytes += len(line)
+        self._tell(metrics)
 
     def write_step(self, metrics: StepMetrics) -> None:
         self.write(asdict(metrics))
@@ -72,6 +75,8 @@ class MetricsFile:
                     place=f"{self._path}:{number}",
                     way_out="remove the file to go on without the lines so far",
                 ) from error
+        for whole_line in lines:
+            self._tell(whole_line)
         return lines
 
 

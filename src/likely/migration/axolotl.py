@@ -1,0 +1,326 @@
+"""Axolotl: the YAML of ``axolotl train``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from likely.migration.foreign import Foreign
+from likely.migration.huggingface import (
+    ABOUT_FILES,
+    MEMORY_OR_SPEED,
+    NOT_NEEDED,
+    WHOLE_BATCH,
+    carry_lora,
+    carry_trackers,
+    read_optimizer,
+    read_precision,
+    read_schedule,
+    read_warmup_steps,
+)
+from likely.migration.huggingface import (
+    LACKING as LACKING_ANYWHERE,
+)
+
+SEQUENCE = 512  # where nothing is said
+WARMUP = 0.03
+FORMATS = {"alpaca": "alpaca", "completion": "text", "chat_template": "messages", "input_output": None}
+EXCESS = {"drop": "drop", "truncate": "truncate_right", "raise": "error"}
+OF_MEMORY = [
+    "flash_attention", "sdp_attention", "xformers_attention", "flex_attention", "eager_attention", "s2_attention",
+    "flash_attn_cross_entropy", "flash_attn_rms_norm", "flash_attn_fuse_qkv", "flash_attn_fuse_mlp", "lora_mlp_kernel",
+    "lora_qkv_kernel", "lora_o_kernel", "pad_to_sequence_len", "eval_batch_size", "dataset_processes", "gc_steps",
+    "sample_packing_group_size", "sample_packing_bin_size", "sample_packing_sequentially", "eval_sample_packing",
+    "batch_flattening", "multipack_real_batches", "gradient_checkpointing", "gpu_memory_limit", "max_memory",
+    "lora_on_cpu", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
+    "liger_fused_linear_cross_entropy", "chunked_cross_entropy", "dataset_keep_in_memory", "eval_sequence_len",
+    "heads_k_stride", "embeddings_skip_upcast", "qlora_sharded_model_loading", "is_llama_derived_model",
+    "is_mistral_derived_model", "is_qwen_derived_model", "is_falcon_derived_model", "model_type", "tokenizer_type",
+    "lora_fan_in_fan_out", "bfloat16", "strict",
+]  # fmt: skip
+OF_FILES = [
+    "dataset_prepared_path", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id",
+    "wandb_log_model", "mlflow_experiment_name", "mlflow_run_name", "mlflow_tracking_uri", "use_mlflow", "use_wandb",
+    "use_tensorboard", "auto_resume_from_checkpoints", "loss_watchdog_threshold",
+    "loss_watchdog_patience", "eval_table_size", "profiler_steps", "save_first_step", "hf_mlflow_log_artifacts",
+]  # fmt: skip
+LACKING = {
+    "special_tokens": "the vocabulary and its special tokens are the tokenizer's own",
+    "tokens": "the vocabulary is not changed",
+    "added_tokens_overrides": "the vocabulary is not changed",
+    "eot_tokens": "the end of a turn is found in the chat template",
+    "chat_template_jinja": "the template is the one that the tokenizer brings; save it with the model",
+    "default_system_message": "the template is the one that the tokenizer brings",
+    "lora_modules_to_save": "modules beside the adapters are not trained; tune full trains all",
+    "peft_use_dora": "plain LoRA takes its place",
+    "peft_use_rslora": "plain LoRA takes its place; set lora_alpha to alpha x the square root of the rank",
+    "peft_layers_to_transform": "adapters stand in all layers",
+    "lora_model_dir": "name a run folder or an adapter's folder as model to go on with it",
+    "loraplus_lr_ratio": "one learning rate for all weights",
+    "lr_groups": "one learning rate for all weights",
+    "embedding_lr": "one learning rate for all weights",
+    "relora": "plain LoRA takes its place",
+    "unfrozen_parameters": "tune full trains all weights, and lora none of the model's own",
+    "load_in_8bit": "the base is held in four bits or as it is",
+    "gptq": "a quantised base can't be trained on",
+    "cosine_min_lr_ratio": "the rate falls to 0",
+    "cosine_constant_lr_ratio": "the rate falls to 0",
+    "curriculum_sampling": "rows are shuffled anew each epoch",
+    "dataset_exact_deduplication": "likely check lists duplicates; each row counts as often as it is there",
+    "shuffle_merged_datasets": "rows are shuffled anew each epoch",
+    "min_sample_len": "every row counts",
+    "plugins": "code that a file names is never run",
+    "sequence_parallel_degree": "one row is computed on one device",
+    "context_parallel_size": "one row is computed on one device",
+    "tensor_parallel_size": "one row is computed on one device",
+    "do_bench_eval": "likely evaluate tells other measures",
+    "do_causal_lm_eval": "likely evaluate --generate compares answers",
+    "eval_causal_lm_metrics": "likely evaluate --generate compares answers",
+    "pretraining_dataset": "training on text from a stream is not there; rows of text in data are",
+    "base_model_config": "the configuration is the model folder's own",
+    "tokenizer_config": "the tokenizer is the model folder's own",
+    "revision_of_model": "name a local folder with that revision",
+    "overrides_of_model_config": "the configuration is the model folder's own",
+    "rope_scaling": "the configuration is the model folder's own",
+    "hf_use_auth_token": "no credential is copied; the hub library reads its own",
+    "push_dataset_to_hub": "nothing is uploaded by a training",
+    "use_dft_loss": "another objective than the likelihood",
+    "use_eaft": "another objective than the likelihood",
+    "use_comet": "no such tracker; --track names those there are",
+}
+
+
+def read(job: Foreign) -> None:
+    """Fill the settings of a job; see :mod:`likely.migration.foreign`."""
+    for key in ("rl", "reward_model", "process_reward_model"):
+        if job.value(key):
+            raise job.wrong(key, "only supervised fine-tuning can be carried over")
+    job.carry("model", job.text("base_model", "CHANGE_ME"), "base_model")
+    _data(job)
+    job.carry("output", job.text("output_dir", "./model-out"), "output_dir")
+    _long_rows(job)
+    _steps(job)
+    read_optimizer(job, "optimizer", default="adamw_torch_fused")
+    read_precision(job)
+    _adapters(job)
+    _evaluations(job)
+    asked = [name for name in ("wandb", "mlflow", "tensorboard") if _is_tracked(job, name)]
+    carry_trackers(job, "wandb_project", asked)
+    if job.count("seed") is not None:
+        job.carry("seed", job.count("seed"))
+        job.differs("seed", "the same number gives another order of rows and other adapters than there")
+    job.not_needed(OF_MEMORY, MEMORY_OR_SPEED)
+    job.not_needed(OF_FILES, ABOUT_FILES)
+    for text, keys in NOT_NEEDED.items():
+        job.not_needed([key for key in keys if key not in {*OF_MEMORY, *OF_FILES}], text)
+    job.without_counterpart(LACKING_ANYWHERE | LACKING, off=(False, 0, "none", "no", "every_save"))
+
+
+def _is_tracked(job: Foreign, name: str) -> bool:
+    named = {"wandb": "wandb_project", "mlflow": "mlflow_experiment_name", "tensorboard": "use_tensorboard"}[name]
+    return bool(job.values.get(named) or job.values.get(f"use_{name}"))
+
+
+def _data(job: Foreign) -> None:
+    names, formats = _data_sets(job, "datasets")
+    job.carry("data", ",".join(names) or "CHANGE_ME", "datasets")
+    if not names:
+        job.differs("datasets", "nothing names the data: set data to a file or a data set of the hub")
+    if len(formats) == 1 and None not in formats:
+        job.carry("format", formats.pop())
+    if job.value("test_datasets"):
+        held_out, _ = _data_sets(job, "test_datasets")
+        job.carry("eval_data", ",".join(held_out), "test_datasets")
+        job.not_needed(["val_set_size"], "held-out data are given")
+        return
+    share = job.number("val_set_size", 0.0) or 0.0
+    if share >= 1:
+        job.differs("val_set_size", "a number of rows there; eval_share is a share of them")
+    elif share or job.line("val_set_size"):
+        job.carry("eval_share", share)
+        if share:
+            job.differs("val_set_size", "families of like rows stay together on one side of the split here")
+    else:
+        job.differs("val_set_size", "there every row is trained on; here a share is held out, unless eval_share is 0")
+
+
+def _data_sets(job: Foreign, key: str) -> tuple[list[str], set[str | None]]:
+    """Names of data as ours, and the formats of their rows, None for one that only a look at the rows tells."""
+    given = job.value(key, [])
+    if not isinstance(given, list) or not all(isinstance(part, dict) for part in given):
+        raise job.wrong(key, "write a list of mappings with path")
+    names: list[str] = []
+    formats: set[str | None] = set()
+    for number, part in enumerate(given):
+        names += _names_of(part)
+        formats.add(_format_of(job, f"{key}.{number}", part))
+        _whose_tokens(job, f"{key}.{number}", part)
+        carried = {"path", "name", "split", "data_files", "type", "field_messages", "message_property_mappings",
+                   "message_field_role", "message_field_content", "roles_to_train", "train_on_eos", "ds_type",
+                   "chat_template", "field", "conversation"}  # fmt: skip
+        for extra in part:
+            if extra not in carried and part[extra] not in (None, False, ""):
+                job.lacks(f"{key}.{number}.{extra}", "see likely train --help for what can be said of rows")
+    return names, formats
+
+
+def _names_of(part: dict[str, Any]) -> list[str]:
+    files = part.get("data_files")
+    if files and str(part.get("path")) in {"json", "csv", "parquet"}:
+        return [str(file) for file in (files if isinstance(files, list) else [files])]
+    path, config, split = str(part.get("path", "CHANGE_ME")), part.get("name"), part.get("split")
+    if files:
+        return [f"{path}/{file}" for file in (files if isinstance(files, list) else [files])]
+    if path.count("/") != 1 or path.startswith((".", "/")) or path.endswith((".json", ".jsonl", ".csv", ".parquet")):
+        return [path]
+    split = split or "train"
+    return [f"{path}:{config}:{split}" if config else path if split == "train" else f"{path}:{split}"]
+
+
+def _format_of(job: Foreign, place: str, part: dict[str, Any]) -> str | None:
+    kind = part.get("type")
+    if isinstance(kind, dict):
+        job.differs(
+            f"{place}.type",
+            "a prompt of its own there; here columns names the columns of a row",
+        )
+        return None
+    word = str(kind).partition(":")[0].partition(".")[0] if kind else ""
+    if word == "chat_template":
+        mapping = part.get("message_property_mappings") or {}
+        role = mapping.get("role", part.get("message_field_role", "role"))
+        messages = part.get("field_messages", "messages")
+        if part.get("chat_template") not in (None, "tokenizer_default"):
+            job.differs(f"{place}.chat_template", "the template is the one that the tokenizer brings")
+        if role == "from" and messages == "conversations":
+            return "sharegpt"
+        if messages != "messages":
+            job.carry("columns", f"messages={messages}")
+        if role != "role":
+            job.lacks(f"{place}.message_property_mappings", "a message has role and content, or from and value")
+        return "messages"
+    if word == "alpaca":
+        job.differs(f"{place}.type", "rows go through the chat template here, and into alpaca's own prompt there")
+    elif word == "completion":
+        if part.get("field") not in (None, "text"):
+            job.carry("columns", f"text={part['field']}")
+    elif word == "sharegpt":
+        return "sharegpt"
+    else:
+        job.differs(f"{place}.type", "every row is looked at for its shape here; likely check shows what is trained")
+    return FORMATS.get(word)
+
+
+def _whose_tokens(job: Foreign, place: str, part: dict[str, Any]) -> None:
+    roles = part.get("roles_to_train")
+    if roles not in (None, ["assistant"], ["gpt"]):
+        job.lacks(f"{place}.roles_to_train", "answers are trained, or with train_on all every token")
+    if part.get("train_on_eos") not in (None, "turn"):
+        job.differs(f"{place}.train_on_eos", "the end of every turn that is trained is trained with it")
+
+
+def _long_rows(job: Foreign) -> None:
+    job.carry("max_length", job.count("sequence_len", SEQUENCE))
+    if not job.line("sequence_len"):
+        job.differs("sequence_len", f"{SEQUENCE} there unless told otherwise")
+    strategy = job.text("excess_length_strategy", "drop") or "drop"
+    if strategy not in EXCESS:
+        raise job.wrong("excess_length_strategy", f"write {', '.join(EXCESS)}")
+    job.carry("on_too_long", EXCESS[strategy])
+    if job.line("excess_length_strategy") is None:
+        job.differs("excess_length_strategy", "longer rows are left out there; on_too_long error names them instead")
+    if job.switch("train_on_inputs"):
+        job.carry("train_on", "all")
+        job.differs("train_on_inputs", "all tokens of a row are trained, those of the template too")
+    else:
+        job.carry("train_on", "assistant")
+        job.not_needed(["train_on_inputs"], "answers are trained, with their end of turn")
+    if job.value("chat_template") not in (None, "tokenizer_default"):
+        job.differs("chat_template", "the template is the one that the tokenizer brings")
+
+
+def _steps(job: Foreign) -> None:
+    micro, accumulated = job.count("micro_batch_size", 1) or 1, job.count("gradient_accumulation_steps", 1) or 1
+    total = job.count("batch_size") or micro * accumulated
+    key = "batch_size" if job.line("batch_size") else "micro_batch_size"
+    job.carry("batch_size", total)
+    packing = job.switch("sample_packing")
+    packed = "packed blocks of sequence_len tokens there, each of several rows, and rows here"
+    job.differs(key, f"batch_size {total} counts {packed if packing else WHOLE_BATCH}")
+    if packing:
+        job.differs("sample_packing", "rows are always computed together here and never see each other")
+    else:
+        job.not_needed(["sample_packing"], MEMORY_OR_SPEED)
+    if job.line("gradient_accumulation_steps"):
+        job.differs("gradient_accumulation_steps", "part of batch_size; how a step is split never changes its gradient")
+    if job.count("max_steps") is not None:
+        job.carry("steps", job.count("max_steps"))
+        job.not_needed(["num_epochs"], "max_steps goes over it there too")
+    else:
+        job.carry("epochs", job.number("num_epochs", 1.0) or 1.0)
+    rate = job.number("learning_rate")
+    if rate is not None:
+        job.carry("learning_rate", rate)
+    read_schedule(job, "lr_scheduler", default="cosine")
+    _warmup(job)
+
+
+def _warmup(job: Foreign) -> None:
+    if "warmup" in job.settings:
+        job.not_needed(["warmup_steps", "warmup_ratio"], "the constant schedule has no warm-up there")
+        return
+    steps = job.share("warmup_steps")
+    if steps:
+        job.not_needed(["warmup_ratio"], "warmup_steps goes over it there too")
+        read_warmup_steps(job, "warmup_steps", steps)
+        return
+    ratio = job.share("warmup_ratio")
+    if ratio is not None and ratio >= 1:
+        raise job.wrong("warmup_ratio", "write a share below 1")
+    job.carry("warmup", ratio or WARMUP)
+    if not ratio:
+        job.differs("warmup_ratio", f"{WARMUP:g} of the steps there unless told otherwise, at most 100 of them")
+
+
+def _adapters(job: Foreign) -> None:
+    adapter = job.text("adapter")
+    if adapter is None:
+        job.carry("tune", "full")
+        given = ["lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_target_linear"]
+        job.not_needed(given, "adapter is not given there, so that all weights are trained")
+    elif adapter in {"lora", "qlora"}:
+        job.carry("tune", "qlora" if adapter == "qlora" or job.switch("load_in_4bit") else "lora")
+        rank, dropout = job.count("lora_r", 8) or 8, job.number("lora_dropout", 0.0) or 0.0
+        carry_lora(job, rank, job.number("lora_alpha") or rank, "lora_dropout", dropout)
+        if not job.switch("lora_target_linear"):
+            job.differs("lora_target_modules", "adapters stand on all linear layers here; there on those named")
+        elif job.value("lora_target_modules"):
+            job.not_needed(["lora_target_modules"], "adapters stand on all linear layers, there and here")
+    else:
+        job.carry("tune", "lora")
+        job.lacks("adapter", f"{adapter} is not there; lora takes its place")
+    job.value("load_in_4bit")
+
+
+def _evaluations(job: Foreign) -> None:
+    for word in ("eval", "save"):
+        ours, steps, epochs = f"{word}_every", f"{word}_steps", f"{word}s_per_epoch"
+        every = job.number(steps)
+        if every is not None and every >= 1:
+            if ours == "save_every" or job.settings.get("eval_share", 1) or "eval_data" in job.settings:
+                job.carry(ours, int(every))
+        elif every:
+            job.differs(steps, f"a share of all steps there; {ours} is a number of steps")
+        if job.value(epochs) is not None:
+            job.differs(epochs, f"{ours} is a number of steps: rows / batch_size / {job.value(epochs)}")
+    for key in ("eval_strategy", "save_strategy"):
+        if job.value(key) not in (None, "steps"):
+            job.differs(key, "held-out rows are scored before and after in any case, and checkpoints written by time")
+    if job.count("save_total_limit") is not None:
+        job.carry("keep_checkpoints", job.count("save_total_limit"))
+    patience = job.count("early_stopping_patience")
+    if patience is not None and "eval_every" in job.settings:
+        job.carry("patience", patience)
+    elif patience is not None:
+        job.differs("early_stopping_patience", "patience counts evaluations: give eval_every with it")
+    if job.switch("load_best_model_at_end"):
+        job.differs("load_best_model_at_end", "the best model is kept where patience is given, with eval_every")

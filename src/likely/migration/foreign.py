@@ -1,0 +1,215 @@
+"""Another trainer's file while it is carried over: its values with their lines, what became of each, and our settings.
+
+Every key ends in one of four ways: it is carried, it means something else here, it has no counterpart, or it has no say
+in the result. What nobody asked for by the end has no counterpart, so that nothing is dropped in silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from likely.credentials import has_credential, redact
+from likely.errors import ConfigError, quoted
+from likely.strict_yaml import MAX_CHARACTERS, YamlError, read_settings
+
+Kind = Literal["differs", "no counterpart", "not needed"]
+SECRET = ("token", "api_key", "apikey", "secret", "password", "credential", "authorization")
+NOT_SECRET = ("tokens", "tokenizer", "tokenized", "eos_token", "pad_token", "bos_token", "unk_token")
+
+
+@dataclass(frozen=True)
+class Note:
+    """What became of a key: ``place`` is file:line, or the file where a default of the other trainer is meant."""
+
+    place: str
+    key: str
+    value: str
+    kind: Kind
+    text: str
+
+    def __str__(self) -> str:
+        shown = f"{self.key}: {self.value}" if self.value else f"{self.key} (not given)"
+        return f"{self.place}: {shown}: {self.kind}: {self.text}"
+
+
+class Foreign:
+    """A file of another trainer. ``settings`` are ours, filled by :meth:`carry`; ``notes`` say what is not the same.
+
+    Raises:
+        ConfigError: the file can't be read, or is no mapping of keys to values.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values, self._lines = _read(path)
+        self.settings: dict[str, Any] = {}
+        self.notes: list[Note] = []
+        self._asked: set[str] = set()
+
+    def value(self, key: str, default: Any = None) -> Any:
+        """What a key says; the default where it is not there or empty."""
+        self._asked.add(key)
+        found = self.values.get(key)
+        return default if found is None or found in ("", [], {}) else found
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        found = self.value(key)
+        if found is None:
+            return default
+        if not isinstance(found, str):
+            raise self.wrong(key, "write a text")
+        return found
+
+    def switch(self, key: str, default: bool = False) -> bool:
+        found = self.value(key, default)
+        if isinstance(found, str) and found.lower() in {"true", "false", "auto"}:
+            return found.lower() != "false"
+        if not isinstance(found, bool):
+            raise self.wrong(key, "write true or false")
+        return found
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        """A number, also as a text, since YAML 1.1 reads 2e-5 as one."""
+        found = self.value(key)
+        if found is None:
+            return default
+        try:
+            if isinstance(found, bool):
+                raise ValueError
+            number = float(found)
+        except (TypeError, ValueError):
+            raise self.wrong(key, "write a number") from None
+        if not abs(number) < float("inf"):
+            raise self.wrong(key, "write a finite number")
+        return number
+
+    def count(self, key: str, default: int | None = None) -> int | None:
+        """An integer of at least 1; the default for 0 and -1, which trainers use for what is not given."""
+        found = self.number(key)
+        if found is None or found in (0, -1):
+            return default
+        if found != int(found) or found < 1:
+            raise self.wrong(key, "write an integer of 1 or more")
+        return int(found)
+
+    def share(self, key: str) -> float | None:
+        """A number of at least 0."""
+        found = self.number(key)
+        if found is not None and found < 0:
+            raise self.wrong(key, "write a number of 0 or more")
+        return found
+
+    def wrong(self, key: str, way_out: str) -> ConfigError:
+        return ConfigError(f"{key} is {self._shown(key)}", place=self._place(key), way_out=way_out)
+
+    def carry(self, name: str, value: Any, key: str = "") -> None:
+        """Our setting ``name``. A text with a credential is not carried, and said to be there under ``key``."""
+        if isinstance(value, str) and has_credential(value):
+            self.lacks(key or name, f"it holds a credential, which is not copied: set {name} without it")
+            value = "CHANGE_ME"
+        self.settings[name] = value
+
+    def differs(self, key: str, text: str) -> None:
+        self._note(key, "differs", text)
+
+    def lacks(self, key: str, text: str) -> None:
+        self._note(key, "no counterpart", text)
+
+    def not_needed(self, keys: Iterable[str], text: str) -> None:
+        """Keys, where they are given, that change nothing in the weights of a training here."""
+        for key in keys:
+            if self.value(key) is not None:
+                self._note(key, "not needed", text)
+
+    def without_counterpart(self, reasons: Mapping[str, str], off: Iterable[Any] = (False, 0, 1, "none", "no")) -> None:
+        """Keys, where they are given and do not say ``off``, that ask for what can't be had here."""
+        for key, text in reasons.items():
+            found = self.value(key)
+            if found is not None and not any(found is o or (found == o and not isinstance(found, bool)) for o in off):
+                self.lacks(key, text)
+
+    def finish(self) -> None:
+        """Account for the keys that were not asked for, and put the notes in the order of the file."""
+        for key in self.values:
+            if key not in self._asked and not any(note.key == key for note in self.notes):
+                self.lacks(key, "not known; see what it does there before you leave it out")
+        self.notes.sort(key=lambda note: int(note.place.rpartition(":")[2]) if note.value else 0)
+
+    def line(self, key: str) -> int | None:
+        """Of a key, or of a nested one as ``datasets.0.type``; None where it is not there."""
+        return self._lines.get(key)
+
+    def _note(self, key: str, kind: Kind, text: str) -> None:
+        self._asked.add(key.partition(".")[0])
+        self.notes.append(Note(self._place(key), key, self._shown(key), kind, text))
+
+    def _place(self, key: str) -> str:
+        line = self.line(key)
+        return f"{self.path}:{line}" if line else str(self.path)
+
+    def _shown(self, key: str) -> str:
+        if self.line(key) is None:
+            return ""
+        if is_secret(key):
+            return "***"
+        found: Any = self.values
+        for part in key.split("."):
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        return redact(quoted(found) if not isinstance(found, str) else _plain(found))
+
+
+def is_secret(key: str) -> bool:
+    """Whether a key's name says that its value must not be repeated."""
+    name = key.lower()
+    return any(word in name for word in SECRET) and not any(word in name for word in NOT_SECRET)
+
+
+def _plain(text: str) -> str:
+    return text if len(text) <= 60 and text.isprintable() else quoted(text)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The values of a YAML or JSON file, and the line of every key, nested ones with dots."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(4 * MAX_CHARACTERS + 4).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(reason, place=str(path), way_out="check the path") from error
+    if text.lstrip().startswith("{"):
+        text = _json_as_yaml(text, path)
+    try:
+        values = read_settings(text).values
+    except YamlError as error:
+        where = f"{path}:{error.line}:{error.column}" if error.line else str(path)
+        raise ConfigError(redact(str(error)), place=where, way_out="give the trainer's YAML or JSON file") from error
+    lines: dict[str, int] = {}
+    _note_lines(yaml.compose(text, Loader=yaml.SafeLoader), "", lines)
+    return {str(key): value for key, value in values.items()}, lines
+
+
+def _json_as_yaml(text: str, path: Path) -> str:
+    """JSON is YAML but for tabs between its values."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        place = f"{path}:{error.lineno}:{error.colno}" if isinstance(error, json.JSONDecodeError) else str(path)
+        raise ConfigError(f"broken JSON: {error}", place=place, way_out="give the trainer's own file") from error
+    return text.replace("\t", " ")
+
+
+def _note_lines(node: Any, prefix: str, lines: dict[str, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            lines[name] = key.start_mark.line + 1
+            _note_lines(value, f"{name}.", lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            lines[f"{prefix}{number}"] = value.start_mark.line + 1
+            _note_lines(value, f"{prefix}{number}.", lines)
