@@ -1,0 +1,82 @@
+// Which scored rows there are, how to get them, and their table.
+
+import { aborted, follow, get, post, wait } from "../api.js";
+import { fill, h } from "../dom.js";
+import { harmless } from "../format.js";
+import { RowsTable } from "../rows.js";
+import { button, failure, progressBar, quiet, select } from "../parts.js";
+import { navigate } from "../router.js";
+
+const UNSCORED =
+  "No rows of this run are scored yet. Scoring looks at each held-out row once with the base model and once with the " +
+  "tuned one, and writes nothing into the run.";
+
+/** The scored rows of a run; where there are none yet, how to get them. */
+export async function runExamplesPage({ view, parameters, query, signal }) {
+  const [run, { sets }] = await Promise.all([get(`/runs/${parameters.run}`, { signal }), get("/scores", { signal })]);
+  const own = run.scores ?? [];
+  const others = sets.filter(({ id }) => !own.some((set) => set.id === id));
+  const chosen = [...own, ...others].find(({ id }) => id === query.get("set")) ?? own[0];
+  if (chosen) await showSet({ view, set: chosen, sets: [...own, ...others], run: run.id, signal });
+  else fill(view, heading(others, null, run.id), unscored(run, signal));
+  return "Examples";
+}
+
+/** The rows of one file of scores. */
+export async function examplesPage({ view, parameters, run, signal }) {
+  const [set, { sets }] = await Promise.all([get(`/scores/${parameters.set}`, { signal }), get("/scores", { signal })]);
+  await showSet({ view, set, sets, run, signal });
+  return `Examples of ${set.name}`;
+}
+
+function unscored(run, signal) {
+  const holder = h("div", { class: "notice" });
+  const start = async () => {
+    const bar = progressBar({ label: "Scoring the held-out rows" });
+    fill(holder, bar.element);
+    try {
+      const { job } = await post("/jobs", { kind: "score", run: run.id }, { signal });
+      const { set } = await follow(job, { signal, progress: bar.show });
+      navigate(`/scores/${set}`, { run: run.id });
+    } catch (error) {
+      if (!aborted(error)) fill(holder, failure(error));
+    }
+  };
+  const offer = run.can_score ? button("Score the held-out rows", start, { class: "main" }) : quiet(run.can_score_told);
+  return fill(holder, h("p", {}, UNSCORED), offer);
+}
+
+async function showSet({ view, set, sets, run, signal }) {
+  const holder = h("div", {});
+  fill(view, heading(sets, set, run), holder);
+  const whole = await ready(set, holder, signal);
+  if (!whole) return;
+  const rows = new RowsTable({ set: whole, run, signal });
+  fill(holder, rows.element);
+  await rows.refresh();
+}
+
+/** The set once its index is built; until then it is told how far that is. Null where it can't be built. */
+async function ready(set, holder, signal) {
+  if (set.state === "ready") return set;
+  const bar = progressBar({ label: "Building the index of the rows, once" });
+  fill(holder, bar.element);
+  for (let now = set; ; now = await get(`/scores/${set.id}`, { signal })) {
+    if (now.state === "ready") return now;
+    if (now.state === "failed") {
+      fill(holder, failure({ message: now.error ?? "The scores can't be read." }));
+      return null;
+    }
+    const state = now.state === "waiting" ? "waiting" : "running";
+    bar.show({ state, done: now.done, total: now.total, title: now.unit ?? "" });
+    await wait(500, signal);
+  }
+}
+
+/** The title, and the choice of another file of scores. */
+function heading(sets, set, run) {
+  const options = [...(set ? [] : [["", "choose"]]), ...sets.map(({ id, name }) => [id, harmless(name)])];
+  const chooser = select(options, { chosen: set?.id, onChoose: (id) => id && navigate(`/scores/${id}`, { run }) });
+  const shown = options.length > 1 ? h("label", { class: "beside" }, "Scores ", chooser) : null;
+  return h("div", { class: "title-row" }, h("h1", {}, "Examples"), shown);
+}

@@ -1,0 +1,58 @@
+// All runs of the viewer, and scores that belong to none of them.
+
+import { get } from "../api.js";
+import { fill, h } from "../dom.js";
+import { count, harmless } from "../format.js";
+import { notice, table } from "../parts.js";
+import { address } from "../router.js";
+
+const SIGNS = { running: "▶", finished: "✓", stopped: "■", stale: "!" };
+const NONE = "There is no run here yet. Start one with `likely train`, and name its folder to `likely view`.";
+
+export async function runsPage({ view, signal }) {
+  const [{ runs }, { sets }] = await Promise.all([get("/runs", { signal }), get("/scores", { signal })]);
+  if (runs.length === 1) {
+    location.replace(address(`/run/${runs[0].id}`));
+    return "likely";
+  }
+  fill(
+    view,
+    h("h1", {}, "Runs"),
+    runs.length ? listOfRuns(runs) : notice(NONE),
+    sets.length ? listOfSets(sets) : null,
+  );
+  return "Runs";
+}
+
+/** In what state a run is, as a word with a sign of its own. */
+export const stateBadge = ({ state }) =>
+  h("span", { class: `badge ${state}` }, h("span", { "aria-hidden": "true" }, SIGNS[state] ?? "?"), ` ${state}`);
+
+const listOfRuns = (runs) =>
+  table({
+    caption: "Runs of this viewer",
+    hideCaption: true,
+    rows: runs,
+    columns: [
+      { name: "Run", head: true, cell: (run) => h("a", { href: address(`/run/${run.id}`) }, harmless(run.name)) },
+      { name: "State", cell: stateBadge },
+      { name: "Step", number: true, cell: (run) => (run.num_steps ? `${count(run.step)} of ${count(run.num_steps)}` : count(run.step)) },
+      { name: "Verdict", cell: (run) => harmless(run.verdict ?? run.told) },
+    ],
+  });
+
+const listOfSets = (sets) =>
+  h(
+    "section",
+    {},
+    h("h2", {}, "Scored rows"),
+    table({
+      caption: "Files of scored rows",
+      hideCaption: true,
+      rows: sets,
+      columns: [
+        { name: "File", head: true, cell: (set) => h("a", { href: address(`/scores/${set.id}`) }, harmless(set.name)) },
+        { name: "Rows", number: true, cell: (set) => count(set.rows) },
+      ],
+    }),
+  );
