@@ -38,7 +38,7 @@ from likely.verb_settings import CheckSettings, EvaluateSettings, ExplainSetting
 app = typer.Typer(
     name="likely",
     help="Supervised fine-tuning as maximum likelihood: exact, visible, fast.",
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
