@@ -115,6 +115,7 @@ WITHIN = {
         "prose",
         "check",
         "estimate",
+        "plan",
         "check_page",
     ],
     "migration": ["foreign", "huggingface", "trl", "llamafactory", "axolotl", "openai", "carry"],

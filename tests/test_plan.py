@@ -1,0 +1,126 @@
+"""Plans for many GPUs: the terms against closed forms, and whole steps against what others have published."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from likely.errors import ConfigError
+from likely.insight.estimate import Layer, Load, Shape
+from likely.insight.plan import H100_RATE, Cluster, Work, plan, read_cluster
+
+
+def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int) -> Shape:
+    """A model of Llama's build; ``keys`` is the width of all its keys, ``inner`` that of its feed-forward."""
+    layer = Layer(
+        keys=2 * hidden * keys,
+        rest=2 * hidden * hidden + 3 * hidden * inner,
+        keys_sides=2 * (hidden + keys),
+        rest_sides=4 * hidden + 3 * (hidden + inner),
+        first=hidden * (hidden + 2 * keys),
+    )
+    multiplied = layers * (layer.keys + layer.rest)
+    table = vocabulary * hidden
+    return Shape(
+        parameters=multiplied + 2 * table, multiplied=multiplied, sides=layers * (layer.keys_sides + layer.rest_sides),
+        vocabulary=vocabulary, hidden=hidden, query=hidden, layers=(layer,) * layers,
+    )  # fmt: skip
+
+
+B8 = llama(32, 4096, 14336, 1024, 128256)
+B70 = llama(80, 8192, 28672, 1024, 128256)
+
+
+def whole_rows(num: int, length: int) -> Load:
+    """Rows of which every token is learnt, as in pretraining."""
+    pairs = num * length * (length + 1) / 2
+    return Load(num * length, num * length, length, pairs, pairs)
+
+
+def work(batch_size: int, tune: str = "full", pack_tokens: int = 16384) -> Work:
+    return Work(tune, 16, batch_size, pack_tokens)
+
+
+def test_shapes_are_those_of_the_models() -> None:
+    assert pytest.approx(8.03e9, rel=1e-3) == B8.parameters
+    assert pytest.approx(70.55e9, rel=1e-3) == B70.parameters
+
+
+@pytest.mark.parametrize(
+    ("shape", "gpus", "rows_a_gpu", "rate", "again", "published"),
+    [
+        # TorchTitan, December 2024: 8 H100 of one host. Half of the layers are computed twice, 7/6 of the work: here,
+        # where all or none are, the rate makes up for that.
+        (B8, 8, 2, H100_RATE * 8 / 7, "full", 6667),
+        # TorchTitan, 64 A100 with 25 GB/s each: the rate of an A100 is from 8B, the test is 70B.
+        (B8, 64, 1, 1.74e14 * 6 / 7, "none", 2904),
+        (B70, 64, 1, 1.74e14, "full", 331),
+    ],
+)
+def test_tokens_per_second_that_others_have_published(
+    shape: Shape, gpus: int, rows_a_gpu: int, rate: float, again: str, published: float
+) -> None:
+    cluster = Cluster(gpus, memory=80e9, rate=rate, network=2.5e10)
+    told = plan(shape, whole_rows(rows_a_gpu * gpus, 8192), work(rows_a_gpu * gpus), cluster)
+    assert (told["layout"], told["checkpointing"], told["fits"]) == ("sharded", again, True)
+    assert told["distinct_tokens_per_second"] / gpus == pytest.approx(published, rel=0.25)
+
+
+def test_terms_in_closed_form() -> None:
+    load = replace(whole_rows(16, 1000), largest_pack=1000)
+    cluster = Cluster(8, memory=1e13, rate=1e14, link=1e11)
+    told = plan(B8, load, work(16), cluster)
+    assert told["layout"] == "replicated"
+    assert told["checkpointing"] == "none"
+    nodes, table = 16000, 128256 * 4096
+    attention = 12 * 4096 * 32 * load.pairs
+    flops = 6 * (B8.multiplied + table) * nodes + attention
+    assert told["seconds"]["compute"] == pytest.approx(flops / 8 / 1e14)
+    assert told["seconds"]["communication"] == pytest.approx(2 * 4 * B8.parameters * 7 / 8 / 1e11)
+    assert told["gigabytes"]["weights"] == pytest.approx(4e-9 * B8.parameters)
+    assert told["gigabytes"]["moments"] == pytest.approx(8e-9 * B8.parameters)
+    assert told["checkpoint_gigabytes"] == pytest.approx(12e-9 * B8.parameters)
+    assert told["seconds_per_step"] == pytest.approx(sum(told["seconds"].values()))
+    slow = plan(B8, load, Work("full", 16, 16, 16384, imbalance=1.5), cluster)
+    assert slow["seconds"]["compute"] == pytest.approx(1.5 * told["seconds"]["compute"])
+
+
+def test_more_gpus_hold_less_each_and_a_ring_moves_all_but_its_share() -> None:
+    tight = [plan(B70, whole_rows(64, 2048), work(64), Cluster(gpus, memory=80e9)) for gpus in (16, 32, 64)]
+    assert [told["layout"] for told in tight] == ["sharded"] * 3
+    assert [told["fits"] for told in tight] == [False, True, True]
+    weights = [told["gigabytes"]["weights"] for told in tight]
+    assert weights[0] == pytest.approx(2 * weights[1]) == pytest.approx(4 * weights[2])
+    adapters = plan(B70, whole_rows(64, 2048), work(64, "lora"), Cluster(16, memory=80e9))
+    assert adapters["fits"]
+    assert adapters["checkpoint_gigabytes"] < 0.02 * tight[0]["checkpoint_gigabytes"]
+    four_bits = plan(B70, whole_rows(64, 2048), work(64, "qlora", 4096), Cluster(16, memory=80e9))
+    assert four_bits["layout"] == "replicated"
+    assert four_bits["fits"]
+
+
+def test_notes_say_what_to_change() -> None:
+    few = plan(B8, whole_rows(8, 500), work(8), Cluster(64))
+    assert any("a step of 8 examples can't occupy 64 GPUs" in note for note in few["notes"])
+    small = plan(B70, whole_rows(8, 500), work(8), Cluster(2))
+    assert any("does not fit" in note for note in small["notes"])
+
+
+def test_a_cluster_is_read_from_its_words() -> None:
+    found = read_cluster("gpus=64, memory=80GB,network=50GB/s,rate=400TFLOPS,per_host=4")
+    assert found == Cluster(64, 80e9, 4, 4e14, 3e11, 5e10)
+    assert (found.hosts, found.bandwidth) == (16, 5e10)
+    assert Cluster(8).bandwidth == 3e11
+    for wrong in (
+        "",
+        "memory=80GB",
+        "gpus=0",
+        "gpus=2.5",
+        "gpus=8,gpus=9",
+        "gpus=8,disc=2GB",
+        "gpus=many",
+        "gpus=8,memory=0",
+    ):
+        with pytest.raises(ConfigError):
+            read_cluster(wrong)
