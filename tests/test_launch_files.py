@@ -1,4 +1,4 @@
-"""The files in launch/ are read by what reads them, or by its rules where it isn't installed, and start this program."""
+"""The files in launch/ are read by what reads them, or by its rules where that isn't there, and start this program."""
 
 from __future__ import annotations
 
@@ -71,13 +71,9 @@ def test_kubeflow() -> None:
     assert set(trainer) <= {"image", "command", "args", "env", "numNodes", "resourcesPerNode", "numProcPerNode"}
     told = flags_of([*trainer["command"], *trainer["args"]])
     assert told["resume"] == "newest"
-    mounts = {
-        m["name"]
-        for o in job["spec"]["podTemplateOverrides"]
-        for c in o["spec"]["containers"]
-        for m in c["volumeMounts"]
-    }
-    assert mounts == {v["name"] for o in job["spec"]["podTemplateOverrides"] for v in o["spec"]["volumes"]}
+    (pods,) = (override["spec"] for override in job["spec"]["podTemplateOverrides"])
+    mounts = {mount["name"] for container in pods["containers"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pods["volumes"]}
 
 
 def test_skypilot(tmp_path: Path) -> None:
@@ -88,7 +84,8 @@ def test_skypilot(tmp_path: Path) -> None:
     assert (told["nnodes"], told["nproc_per_node"], told["rdzv_endpoint"]) == ("2", "8", "10.0.0.1:29500")
     assert told["output"] == "/shared/runs/1"
     assert shlex.split(task["setup"])
-    pytest.importorskip("sky", reason="SkyPilot is not installed")
-    import sky as skypilot
 
+
+def test_skypilot_reads_its_file() -> None:
+    skypilot = pytest.importorskip("sky", reason="SkyPilot is not installed")
     assert skypilot.Task.from_yaml(str(LAUNCH / "skypilot.yaml")).num_nodes == 2
