@@ -249,6 +249,26 @@ def export(
     _print(json.dumps(result, ensure_ascii=False) if as_json else export_text(result, asked.output))
 
 
+@app.command("view")
+def view(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="run folders, or a folder of such")],
+    scores: Annotated[
+        list[Path] | None, typer.Option("--scores", help="a file that likely score wrote; may be given several times")
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="address to listen at")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one")] = 8321,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="only print the address")] = False,
+) -> None:
+    """Look at runs and scored rows in a browser, token by token, also while a training goes on."""
+    try:
+        from likely.view import view as serve_view
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in {"starlette", "uvicorn"}:
+            raise
+        raise ConfigError(f"the viewer needs {error.name}", way_out="pip install 'likely[view]'") from error
+    serve_view(runs, scores or [], host=host, port=port, browser=not no_browser, say=_say, debug="--debug" in sys.argv)
+
+
 @app.command()
 def init(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="another trainer's settings or job")] = None,
@@ -307,6 +327,12 @@ def _pass_guard(guard: dict[str, Any] | None) -> None:
 
 def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
+
+
+def _say(text: str) -> None:
+    """A line at once, while the verb goes on."""
+    _print(text)
+    sys.stdout.flush()
 
 
 def _explain(error: BaseException) -> tuple[str, int]:

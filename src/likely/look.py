@@ -5,31 +5,39 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from likely import outcome
 from likely.data.cache import load_kept
 from likely.data.dataset import Dataset, Request
 from likely.data.formats import read_options
 from likely.data.packing import default_pack_tokens
-from likely.data.render import Renderer, load_tokenizer
+from likely.data.render import Renderer, Supervision, load_tokenizer
+from likely.data.split import hold_out
+from likely.errors import ConfigError, DataError
 from likely.insight import explain as explanation
+from likely.insight.evaluate import score_examples
 from likely.insight.lens import compare_next_token
 from likely.insight.score_file import Recorder
 from likely.insight.score_log import logged_scores
 from likely.model import load as models
+from likely.model.forward import LanguageModel
+from likely.model.generate import greedy_answers
 from likely.model.place import Place, check_same_tokens, check_token_ids, choose_max_length, find_model, local_folder
 from likely.provenance import device_name, versions, weights_hash
 from likely.training.log import Display
-from likely.types import Conversation, ExampleScore, Message, Source
+from likely.types import Conversation, Example, ExampleScore, Message, Source
 from likely.verb_settings import EvaluateSettings, ExplainSettings, LookSettings
 
 COMMAND_LINE = Source("the command line", 0)
+Load = Callable[[str], LanguageModel]
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,37 @@ def score(data: str, asked: LookSettings, display: Display, *, beside: Path | No
         "contradiction", "tokens": [{"id", "text", "role", "weight", "logprob", "rank", "entropy", "base_logprob"}]}``;
         null where nothing predicts the token, and where there is no base.
     """
-    reading = _read(data, asked, display, keep_unweighted=True)
+    yield from _records(_read(data, asked, display, keep_unweighted=True), asked, display, beside)
+
+
+def score_held_out(
+    data: str, share: float, supervision: Supervision, asked: LookSettings, display: Display
+) -> Iterator[dict[str, Any]]:
+    """Records as :func:`score` gives them, of the rows that a training on ``data`` held out.
+
+    Args:
+        share: of the families of rows that were held out.
+        supervision: that of the training: a row that has nothing to train is never held out.
+
+    Raises:
+        DataError: nothing can be held out.
+    """
+    place = find_model(asked.model)
+    tokenizer = load_tokenizer(place.tokenizer)
+    own, judge = (
+        Renderer(tokenizer, each, asked.template, asked.template_date) for each in (supervision, Supervision())
+    )
+    options = read_options(asked.format, asked.columns, asked.on_bad_row == "skip", asked.seed)
+    length = choose_max_length(place, asked.max_length)
+    training, judging = (Request(data, each, length, options, asked.on_too_long) for each in (own, judge))
+    _, held_out, _ = hold_out(load_kept(training, display.counting), share, asked.seed, judging)
+    if held_out is None:
+        raise DataError("no rows are held out", place=data, way_out="score a file with likely score")
+    pack_tokens = default_pack_tokens(int(held_out.table.length_N.max()))
+    yield from _records(_Reading(place, tokenizer, judge, held_out, pack_tokens), asked, display, None)
+
+
+def _records(reading: _Reading, asked: LookSettings, display: Display, beside: Path | None) -> Iterator[dict[str, Any]]:
     recorder = Recorder(reading.tokenizer)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="likely-"))) if beside is None else beside.parent
@@ -132,8 +170,11 @@ def _read(data: str, asked: LookSettings, display: Display, *, keep_unweighted: 
     return _Reading(place, tokenizer, renderer, dataset, default_pack_tokens(int(dataset.table.length_N.max())))
 
 
-def explain(asked: ExplainSettings) -> dict[str, Any]:
+def explain(asked: ExplainSettings, *, load: Load = models.load_model) -> dict[str, Any]:
     """One answer token by token: what ``model`` (B) and ``base`` (A) believe, and what one step on it does to B.
+
+    Args:
+        load: gives the model of a name, for whoever keeps some.
 
     Returns:
         ``{"context", "tokens": [{"position", "text", "B": belief, "A": belief or null, "step": {...} or null}], "nll":
@@ -153,7 +194,7 @@ def explain(asked: ExplainSettings) -> dict[str, Any]:
     for state, name in states.items():
         if name is None:
             continue
-        loaded = models.load_model(name)
+        loaded = load(name)
         positions, logp_SV = explanation.logprobs_at(loaded, example)
         found[state] = (positions, logp_SV, explanation.beliefs(tokenizer, example, positions, logp_SV, asked.rivals))
         if state == "B" and asked.step:
@@ -182,6 +223,45 @@ def explain(asked: ExplainSettings) -> dict[str, Any]:
         "nll": nll,
         "verdict": _verdict(response, nll),
         "first_token": asdict(compare_next_token(tokenizer, context, first, before, logp_SV[0], asked.rivals)),
+    }
+
+
+def answer(name: str, prompt: str, max_tokens: int, *, load: Load = models.load_model) -> dict[str, Any]:
+    """The greedy answer of a model to a prompt, with the likelihood of each of its tokens.
+
+    Returns:
+        ``{"text", "stopped", "tokens": [{"text", "logprob", "rank"}]}``; log-probabilities in nats.
+
+    Raises:
+        ConfigError: prompt and answer don't fit in the model's context.
+    """
+    place = find_model(name)
+    tokenizer = load_tokenizer(place.tokenizer)
+    renderer = Renderer(tokenizer)
+    context = renderer.prompt_ids([Message("user", prompt)])
+    limit = choose_max_length(place, None)
+    if len(context) + max_tokens > limit:
+        raise ConfigError(
+            f"a prompt of {len(context)} tokens and an answer of {max_tokens} are over the model's {limit}",
+            way_out="shorten one of them",
+        )
+    model = load(name)
+    stop = renderer.end_of_turn.token_id
+    (made,) = greedy_answers(model, tokenizer, [context], stop_id=stop, max_new_tokens=max_tokens)
+    ids = np.array([*context, *made.token_ids], np.int64)
+    example = Example(ids, np.zeros(len(ids)), np.zeros(len(ids), np.int8), COMMAND_LINE)
+    (scores,) = score_examples(model, [example], default_pack_tokens(len(ids)))
+    return {
+        "text": made.text,
+        "stopped": made.stopped,
+        "tokens": [
+            {
+                "text": tokenizer.decode([token]),
+                "logprob": float(scores.logprob_T[t]),
+                "rank": int(scores.rank_T[t]),
+            }
+            for t, token in enumerate(made.token_ids, len(context))
+        ],
     }
 
 

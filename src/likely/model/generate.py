@@ -17,11 +17,13 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Generated:
-    """A greedy answer as text without control tokens, how many tokens it has, and whether it ended by itself."""
+    """A greedy answer as text without control tokens, how many tokens it has, whether it ended by itself, and the ids
+    of its tokens with the one that ended it."""
 
     text: str
     num_tokens: int
     stopped: bool
+    token_ids: tuple[int, ...] = ()
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def greedy_answers(
                 ids_T = out[row, width:].tolist()
                 stopped = stop_id in ids_T
                 own = ids_T[: ids_T.index(stop_id) + 1] if stopped else ids_T
-                answers[i] = Generated(tokenizer.decode(own, skip_special_tokens=True), len(own), stopped)
+                answers[i] = Generated(tokenizer.decode(own, skip_special_tokens=True), len(own), stopped, tuple(own))
     return answers
 
 
