@@ -1,14 +1,15 @@
 // One token: its chances before and after, who else could have come, and where a training step pushes.
 
+import { aborted } from "./api.js";
 import { barRows, bars } from "./bars.js";
 import { fill, h } from "./dom.js";
 import { figure } from "./figure.js";
 import { count, number, percent, signed, visible } from "./format.js";
 import { term } from "./glossary.js";
-import { button, facts, failure, progressBar, quiet } from "./parts.js";
+import { button, facts, failure, quiet } from "./parts.js";
 
 export class TokenCard {
-  /** load: (i, {signal, progress}) => a promise of the server's card of a token; null where no model can be asked. */
+  /** load: (i, holder, signal) => a promise of the server's card of a token; null where no model can be asked. */
   constructor({ load, signal, hint }) {
     Object.assign(this, { load, page: signal, hint, kept: new Map(), loading: null });
     this.picture = h("div", {});
@@ -31,26 +32,16 @@ export class TokenCard {
 
   /** Ask a model for the rivals. */
   async open() {
-    const { token } = this;
-    if (!this.load || !token || token.i === 0 || this.kept.has(token.i)) return;
+    const { token, kept } = this;
+    if (!this.load || !token || token.i === 0 || kept.has(token.i)) return;
     this.loading?.abort();
-    const loading = new AbortController();
-    const stop = () => loading.abort();
-    this.loading = loading;
-    this.page.addEventListener("abort", stop);
-    const bar = progressBar({ label: "Asking the models", onCancel: stop });
-    fill(this.more, bar.element);
+    this.loading = new AbortController();
     try {
-      const found = await this.load(token.i, { signal: loading.signal, progress: bar.show });
-      this.kept.set(token.i, found);
-      if (this.token === token) this.show(token);
+      kept.set(token.i, await this.load(token.i, this.more, AbortSignal.any([this.page, this.loading.signal])));
     } catch (error) {
-      if (this.token !== token || this.page.aborted) return;
-      if (error.name === "AbortError") this.show(token);
-      else fill(this.more, failure(error));
-    } finally {
-      this.page.removeEventListener("abort", stop);
+      if (this.token === token && !aborted(error)) return void fill(this.more, failure(error));
     }
+    if (this.token === token && !this.page.aborted) this.show(token);
   }
 
   draw(rows) {

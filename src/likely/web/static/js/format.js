@@ -29,18 +29,13 @@ export function percent(share) {
   return `${hundred.toFixed(hundred === 100 ? 0 : digits)}%`;
 }
 
-export function interval(pair, digits = 3) {
-  return pair ? `${number(pair[0], digits)} to ${number(pair[1], digits)}` : NONE;
-}
-
 /** A duration in the two units that matter. */
 export function duration(seconds) {
-  if (!known(seconds)) return NONE;
-  const whole = Math.max(0, Math.round(seconds));
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-  if (whole < 86400) return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
-  return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
+  const whole = known(seconds) ? Math.max(0, Math.round(seconds)) : null;
+  if (whole === null || whole < 60) return whole === null ? NONE : `${whole} s`;
+  const [big, small, size] = whole < 3600 ? ["min", "s", 60] : whole < 86400 ? ["h", "min", 3600] : ["d", "h", 86400];
+  const rest = Math.floor((whole % size) / { min: 1, h: 60, d: 3600 }[big]);
+  return `${Math.floor(whole / size)} ${big} ${rest} ${small}`;
 }
 
 /** How many of what: `1 example`, `2 examples`. */

@@ -39,10 +39,10 @@ export class Live {
     const last = this.metrics.steps.step.at(-1) ?? -Infinity;
     const fresh = more.steps.step.map((step, i) => [step, i]).filter(([step]) => step > last);
     for (const [name, column] of Object.entries(this.metrics.steps)) column.push(...fresh.map(([, i]) => more.steps[name][i]));
-    const seen = new Set(this.metrics.evaluations.map(({ step }) => step));
-    this.metrics.evaluations.push(...more.evaluations.filter(({ step }) => !seen.has(step)));
-    const skipped = new Set(this.metrics.skipped.map(({ step }) => step));
-    this.metrics.skipped.push(...more.skipped.filter(({ step }) => !skipped.has(step)));
+    for (const name of ["evaluations", "skipped"]) {
+      const seen = new Set(this.metrics[name].map(({ step }) => step));
+      this.metrics[name].push(...more[name].filter(({ step }) => !seen.has(step)));
+    }
     Object.assign(this.metrics, { pace: more.pace ?? this.metrics.pace, lines: more.lines ?? this.metrics.lines });
     this.onMetrics(this.metrics);
   }

@@ -43,6 +43,7 @@ async function show({ page, parameters, path, query, signal, moved }) {
     const title = await page({ view, parameters, query, signal, run });
     if (signal.aborted) return;
     document.title = `${title} · likely`;
+    view.dataset.drawn = "";
     if (moved) {
       main.focus({ preventScroll: true });
       scrollTo(0, 0);
@@ -52,6 +53,7 @@ async function show({ page, parameters, path, query, signal, moved }) {
     if (aborted(error) || signal.aborted) return;
     if (!(error instanceof ApiError)) throw error;
     document.title = "likely";
+    view.dataset.drawn = "";
     const way = error.status === 401 ? null : notice("", h("a", { href: "#/" }, "All runs"));
     fill(view, h("h1", {}, "This can't be shown"), failure(error), way);
   }

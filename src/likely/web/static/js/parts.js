@@ -1,6 +1,6 @@
 // Small parts that several pages have: tables, notices, and work that is under way.
 
-import { ApiError, aborted } from "./api.js";
+import { ApiError, aborted, work } from "./api.js";
 import { announce, fill, h, unique } from "./dom.js";
 import { count, duration } from "./format.js";
 
@@ -85,6 +85,18 @@ export function progressBar({ label, onCancel }) {
     announce(job.state === "waiting" ? `${label}: waiting` : label);
   };
   return { element, show };
+}
+
+/** The result of a job, with a bar in `holder` that tells how far it is and can cancel it; then it rejects. */
+export async function watch(holder, label, request, signal) {
+  const own = new AbortController();
+  const bar = progressBar({ label, onCancel: () => own.abort() });
+  fill(holder, bar.element);
+  try {
+    return await work(request, { signal: AbortSignal.any([own.signal, signal]), progress: bar.show });
+  } finally {
+    if (holder.firstChild === bar.element) fill(holder);
+  }
 }
 
 function told(label, job) {

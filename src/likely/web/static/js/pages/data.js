@@ -1,13 +1,13 @@
 // The training data before any training: what is trained of it, and what a careful reader would change first.
 
-import { aborted, follow, get, post, work } from "../api.js";
+import { aborted, follow, get, post } from "../api.js";
 import { fill, h } from "../dom.js";
 import { figure } from "../figure.js";
 import { count, harmless, many, percent } from "../format.js";
 import { term } from "../glossary.js";
 import { histogram, histogramRows } from "../histogram.js";
 import { maskView } from "../mask.js";
-import { button, facts, failure, notice, progressBar, quiet, select, table } from "../parts.js";
+import { button, facts, failure, notice, progressBar, quiet, select, table, watch } from "../parts.js";
 import { remember } from "../router.js";
 
 const OFFER =
@@ -102,11 +102,9 @@ class DataPage {
   async show(file, line, { scroll = true } = {}) {
     remember({ file: file || null, line });
     [this.fileField.value, this.lineField.value] = [String(file), String(line)];
-    const bar = progressBar({ label: "Reading the row" });
-    fill(this.mask, bar.element);
     if (scroll) this.mask.scrollIntoView({ block: "center" });
     try {
-      const { shown } = await work({ kind: "mask", run: this.run.id, file, line }, { signal: this.signal, progress: bar.show });
+      const { shown } = await watch(this.mask, "Reading the row", { kind: "mask", run: this.run.id, file, line }, this.signal);
       fill(this.mask, shown.map(maskView));
     } catch (error) {
       if (!aborted(error)) fill(this.mask, failure(error));

@@ -1,12 +1,12 @@
 // One example, token by token: how likely each is before, after, and at every checkpoint between.
 
-import { get, work } from "../api.js";
+import { aborted, get } from "../api.js";
 import { TokenCard } from "../card.js";
 import { announce, fill, h } from "../dom.js";
 import { saveCsv } from "../export.js";
 import { harmless, many, number, percent, signed, spoken } from "../format.js";
 import { term } from "../glossary.js";
-import { button, facts, failure, progressBar, quiet, switcher } from "../parts.js";
+import { button, facts, failure, quiet, switcher, watch } from "../parts.js";
 import { address, remember } from "../router.js";
 import { LEGENDS, ofChance, ofChange } from "../shading.js";
 import { legend, TokenView } from "../tokens.js";
@@ -33,7 +33,7 @@ class ExamplePage {
     this.shown = this.hasBase && ["before", "after", "change"].includes(shown) ? shown : this.hasBase ? "change" : "after";
     this.numbered = query.get("numbers") === "1";
     this.first = Number(query.get("token") ?? 0) - 1;
-    this.card = new TokenCard({ signal, hint: HINT, load: this.run && ((i, tools) => this.loadCard(i, tools)) });
+    this.card = new TokenCard({ signal, hint: HINT, load: this.run && ((...asked) => this.loadCard(...asked)) });
     this.key = h("div", {});
     this.waiting = h("div", {});
     this.element = this.build();
@@ -121,7 +121,7 @@ class ExamplePage {
       clearTimeout(resting);
       resting = setTimeout(() => this.choose(id), this.columns.has(id) ? 0 : 250);
     });
-    return h("label", { class: "slider" }, "After", input, name);
+    return h("label", { class: "slider" }, "Checkpoint", input, name);
   }
 
   /** Show another state of the run; what is not scored yet is asked for. */
@@ -129,23 +129,18 @@ class ExamplePage {
     this.state = state;
     remember({ state: state === "tuned" ? null : state });
     this.asking?.abort();
-    fill(this.waiting, null);
-    if (!this.columns.has(state)) {
-      const asking = new AbortController();
-      this.asking = asking;
-      this.signal.addEventListener("abort", () => asking.abort());
-      const bar = progressBar({ label: "Scoring this example", onCancel: () => asking.abort() });
-      fill(this.waiting, bar.element);
-      try {
-        const request = { kind: "example", set: this.set, row: this.example.id, state };
-        this.columns.set(state, await work(request, { signal: asking.signal, progress: bar.show }));
-      } catch (error) {
-        if (this.asking === asking) fill(this.waiting, error.name === "AbortError" ? null : failure(error));
-        return;
-      }
-      if (this.state !== state) return;
-      fill(this.waiting, null);
+    const asking = new AbortController();
+    this.asking = asking;
+    fill(this.waiting);
+    try {
+      const request = { kind: "example", set: this.set, row: this.example.id, state };
+      const signal = AbortSignal.any([asking.signal, this.signal]);
+      if (!this.columns.has(state)) this.columns.set(state, await watch(this.waiting, "Scoring this example", request, signal));
+    } catch (error) {
+      if (!aborted(error)) fill(this.waiting, failure(error));
+      return;
     }
+    if (this.asking !== asking) return;
     this.paint();
     announce(`After: ${this.states.find(({ id }) => id === state)?.name}`);
     if (this.view.at >= 0) this.moved(this.view.at);
@@ -197,8 +192,9 @@ class ExamplePage {
     this.card.show(this.token(i));
   }
 
-  loadCard(position, tools) {
-    return work({ kind: "token", set: this.set, row: this.example.id, position, rivals: RIVALS }, tools);
+  loadCard(position, holder, signal) {
+    const request = { kind: "token", set: this.set, row: this.example.id, position, rivals: RIVALS };
+    return watch(holder, "Asking the models", request, signal);
   }
 
   save() {

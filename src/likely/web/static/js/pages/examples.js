@@ -12,12 +12,11 @@ const UNSCORED =
   "tuned one, and writes nothing into the run.";
 
 /** The scored rows of a run; where there are none yet, how to get them. */
-export async function runExamplesPage({ view, parameters, query, signal }) {
+export async function runExamplesPage({ view, parameters, signal }) {
   const [run, { sets }] = await Promise.all([get(`/runs/${parameters.run}`, { signal }), get("/scores", { signal })]);
   const own = run.scores ?? [];
   const others = sets.filter(({ id }) => !own.some((set) => set.id === id));
-  const chosen = [...own, ...others].find(({ id }) => id === query.get("set")) ?? own[0];
-  if (chosen) await showSet({ view, set: chosen, sets: [...own, ...others], run: run.id, signal });
+  if (own.length) await showSet({ view, set: own[0], sets: [...own, ...others], run: run.id, signal });
   else fill(view, heading(others, null, run.id), unscored(run, signal));
   return "Examples";
 }

@@ -1,13 +1,13 @@
 // What a finished run came to: held-out figures before and after.
 
 import { h } from "../dom.js";
-import { count, harmless, interval, many, number, percent, signed } from "../format.js";
+import { count, harmless, many, number, percent, signed } from "../format.js";
 import { term } from "../glossary.js";
 import { table } from "../parts.js";
 
 const FIGURES = [
   ["Loss, nats per token", (e) => number(e.nll, 4)],
-  ["95% interval", (e) => interval(e.ci95, 4)],
+  ["95% interval", (e) => e.ci95?.map((end) => number(end, 4)).join(" to ") ?? "–"],
   ["Perplexity", (e) => number(e.perplexity, 3)],
   ["Bits per byte", (e) => number(e.bits_per_byte, 4)],
   ["Tokens that are the first choice", (e) => percent(e.token_accuracy)],

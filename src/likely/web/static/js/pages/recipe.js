@@ -44,11 +44,7 @@ function roles({ name, origins: own }, named) {
 export const settings = (entries) => facts("Settings", entries, ({ config }) => flat(config ?? {}));
 
 /** Hashes, versions and device. */
-export const origins = (entries) => facts("Where it comes from", entries, ({ origins: own }) => flat(withoutCounts(own ?? {})));
-
-function withoutCounts({ supervised: _, ...others }) {
-  return others;
-}
+export const origins = (entries) => facts("Where it comes from", entries, ({ origins: own }) => flat({ ...own, supervised: null }));
 
 function facts(title, entries, of) {
   const found = entries.map(of);

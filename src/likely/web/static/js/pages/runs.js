@@ -2,7 +2,7 @@
 
 import { get } from "../api.js";
 import { fill, h } from "../dom.js";
-import { count, harmless } from "../format.js";
+import { count, harmless, many } from "../format.js";
 import { notice, table } from "../parts.js";
 import { address } from "../router.js";
 
@@ -15,12 +15,7 @@ export async function runsPage({ view, signal }) {
     location.replace(address(`/run/${runs[0].id}`));
     return "likely";
   }
-  fill(
-    view,
-    h("h1", {}, "Runs"),
-    runs.length ? listOfRuns(runs) : notice(NONE),
-    sets.length ? listOfSets(sets) : null,
-  );
+  fill(view, h("h1", {}, "Runs"), runs.length ? listOfRuns(runs) : notice(NONE), sets.length > 0 && listOfSets(sets));
   return "Runs";
 }
 
@@ -41,18 +36,7 @@ const listOfRuns = (runs) =>
     ],
   });
 
-const listOfSets = (sets) =>
-  h(
-    "section",
-    {},
-    h("h2", {}, "Scored rows"),
-    table({
-      caption: "Files of scored rows",
-      hideCaption: true,
-      rows: sets,
-      columns: [
-        { name: "File", head: true, cell: (set) => h("a", { href: address(`/scores/${set.id}`) }, harmless(set.name)) },
-        { name: "Rows", number: true, cell: (set) => count(set.rows) },
-      ],
-    }),
-  );
+function listOfSets(sets) {
+  const link = ({ id, name, rows }) => h("li", {}, h("a", { href: address(`/scores/${id}`) }, harmless(name)), `, ${many(rows, "row")}`);
+  return h("section", {}, h("h2", {}, "Scored rows"), h("ul", {}, sets.map(link)));
+}

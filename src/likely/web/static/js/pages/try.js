@@ -1,11 +1,11 @@
 // A prompt and a wanted answer under both models: how likely the answer is, what they say themselves, and what one
 // training step on it would do.
 
-import { aborted, ApiError, get, work } from "../api.js";
+import { aborted, get } from "../api.js";
 import { fill, h } from "../dom.js";
 import { number } from "../format.js";
 import { term } from "../glossary.js";
-import { button, failure, progressBar, quiet } from "../parts.js";
+import { button, failure, quiet, watch } from "../parts.js";
 import { remember } from "../router.js";
 import { LensView } from "../lens.js";
 import { StepView } from "../step.js";
@@ -72,30 +72,23 @@ class TryPage {
       return null;
     }
     const length = Math.min(Math.max(Math.round(Number(this.length.value)) || 64, 1), LONGEST);
-    const rate = Number(this.rate.value);
-    if (go === "step" && !(rate > 0 && rate <= 1)) {
-      fill(this.status, failure({ message: "A learning rate is a number above 0 and at most 1, such as 1e-5." }));
-      this.rate.focus();
-      return null;
-    }
     const unusual = (value, usual) => (String(value) === usual ? null : value);
     remember({ prompt, answer, length: unusual(length, "64"), rate: unusual(this.rate.value, LEARNING_RATE), go });
-    return { run: this.run.id, prompt, answer, length, rate };
+    return { run: this.run.id, prompt, answer, length, rate: Number(this.rate.value) };
   }
 
   async compare() {
     const asked = this.asked("1");
     if (!asked) return;
     const { run, prompt, answer, length } = asked;
-    await this.working(async (tools) => {
+    await this.working(async (ask) => {
       for (const holder of Object.values(this.results)) fill(holder);
       if (answer) {
-        const found = await work({ kind: "lens", run, prompt, answer, rivals: 3 }, tools("The wanted answer"));
+        const found = await ask("The wanted answer", { kind: "lens", run, prompt, answer, rivals: 3 });
         const lens = new LensView({ found, signal: this.signal });
         fill(this.results.lens, lens.element);
       }
-      const answers = await work({ kind: "generate", run, prompt, max_tokens: length }, tools("Their own answers"));
-      fill(this.results.answers, ownAnswers(answers));
+      fill(this.results.answers, ownAnswers(await ask("Their own answers", { kind: "generate", run, prompt, max_tokens: length })));
     });
   }
 
@@ -103,9 +96,9 @@ class TryPage {
     const asked = this.asked("step");
     if (!asked) return;
     const { run, prompt, answer, rate } = asked;
-    await this.working(async (tools) => {
+    await this.working(async (ask) => {
       const request = { kind: "step", run, prompt, answer, rivals: 3, learning_rate: rate };
-      const found = await work(request, tools("One step"));
+      const found = await ask("One step", request);
       fill(this.results.step, new StepView({ found, rate }).element);
     });
   }
@@ -115,23 +108,11 @@ class TryPage {
     this.current?.abort();
     const current = new AbortController();
     this.current = current;
-    const leave = () => current.abort();
-    this.signal.addEventListener("abort", leave);
-    const tools = (label) => {
-      const bar = progressBar({ label, onCancel: () => current.abort("asked") });
-      fill(this.status, bar.element);
-      return { signal: current.signal, progress: bar.show };
-    };
+    const signal = AbortSignal.any([current.signal, this.signal]);
     try {
-      await act(tools);
-      fill(this.status);
+      await act((label, request) => watch(this.status, label, request, signal));
     } catch (error) {
-      if (this.current !== current || this.signal.aborted) return;
-      if (aborted(error) || current.signal.aborted) fill(this.status, quiet("Cancelled."));
-      else if (error instanceof ApiError) fill(this.status, failure(error));
-      else throw error;
-    } finally {
-      this.signal.removeEventListener("abort", leave);
+      if (!signal.aborted) fill(this.status, aborted(error) ? quiet("Cancelled.") : failure(error));
     }
   }
 }
