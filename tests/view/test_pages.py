@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser, Visit
 from client import HOSTILE, Viewer
 
 import likely
+from browser import Browser, Visit
 
 STATIC = Path(likely.__file__).parent / "web" / "static"
 SOURCES = sorted(path for path in STATIC.rglob("*") if path.is_file() and "vendor" not in path.parts)
