@@ -25,6 +25,7 @@ from chatml import CHATML
 from likely.model.forward import LanguageModel, connect
 from likely.types import ROLES, Example, Source
 from naive import Row
+from reported import Finished, train_and_look
 
 torch.set_num_threads(1)  # the models are too small for a second thread to pay for itself
 
@@ -252,3 +253,9 @@ def browser(chromium: browsing.Browser) -> Iterator[browsing.Browser]:
     """``browser.visit(file or URL)``: a page in a fresh profile, closed after the test."""
     yield chromium
     chromium.close_pages()
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run with everything in its report. All tests share it: read it, don't write it."""
+    return train_and_look(tiny_model_dir, tmp_path_factory.mktemp("reported"))

@@ -14,9 +14,11 @@ import naive
 from likely.data.packing import build_packs
 from likely.data.trie import entropy_floor
 from likely.insight import evaluate
+from likely.insight.charts import draw_charts
 from likely.insight.lens import compare_next_token, next_token_logprobs
 from likely.insight.pictures import visible
-from likely.insight.report import Answer, Report, render_html, write_report
+from likely.insight.report import Answer, Report
+from likely.insight.report_page import render_html
 from likely.training.objective import nll_sum
 from likely.types import ExampleScore, StepMetrics
 
@@ -165,7 +167,7 @@ def test_the_verdict_says_no_more_than_the_interval(interval: Any, words: str) -
     assert "nothing can be said" in report().verdict
 
 
-def test_the_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Any) -> None:
+def test_the_page_is_self_contained_and_escapes_what_it_shows() -> None:
     hostile = "<script>alert(1)</script> $x$ \\frac & \x00"
     vocabulary = np.log(np.full(30, 1 / 30))
     made = report(
@@ -177,8 +179,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_shows(tmp_path: Any) -> 
         lens=compare_next_token(Letters(), [1], 2, vocabulary, vocabulary),
         answers=[Answer(hostile, "a", "a", hostile)],
     )
-    write_report(made, tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = render_html(made, draw_charts(made))
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert page.count("<svg") == 3
@@ -195,7 +196,8 @@ def test_a_dollar_in_a_token_is_no_formula() -> None:
             return "$" * len(ids) + "_{"
 
     vocabulary = np.log(np.full(30, 1 / 30))
-    page = render_html(report(lens=compare_next_token(Dollars(), [1], 2, vocabulary, vocabulary)))
+    made = report(lens=compare_next_token(Dollars(), [1], 2, vocabulary, vocabulary))
+    page = render_html(made, draw_charts(made))
     assert "$_{" in page
 
 

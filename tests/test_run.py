@@ -76,7 +76,7 @@ def test_the_run_folder(tmp_path: Path, files: tuple[str, str], tiny_model_dir: 
     run = train(files, tiny_model_dir, tmp_path / "run", eval_every=1, epochs=2.0, steps=None)
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
-        "config.yaml", "run.json", "metrics.jsonl", "model", "report.json", "report.html", "README.md",
+        "config.yaml", "run.json", "metrics.jsonl", "model", "report.json", "report.html", "report", "README.md",
     }  # fmt: skip
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [line for line in lines if "nll" in line]

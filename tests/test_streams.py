@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import likely
-from likely.insight.report import visible
+from likely.insight.pictures import visible
 from likely.streams import Lasting
 
 PROGRAM = [sys.executable, "-c", "from likely.cli import main; main()"]

@@ -28,6 +28,7 @@ from likely.data.survey import Facts, Surveyed, Surveyor
 from likely.errors import ConfigError, DataError
 from likely.insight import check as checking
 from likely.insight import estimate as estimating
+from likely.insight.lengths import histogram
 from likely.model.place import Place, choose_max_length, find_model
 from likely.training.log import Display
 from likely.types import ROLES, Example, IntArray
@@ -160,7 +161,7 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         "audit": {kind: table.to_dict() for kind, table in tables.items()},
         "floor": checking.likelihood_floor(facts),
         "cost": sharing,
-        "lengths": checking.histogram(facts, limit),
+        "lengths": histogram(facts.array("length_M"), limit),
         "seconds": _seconds(facts, time.perf_counter() - started, surveyed - started, analysed),
     }
 

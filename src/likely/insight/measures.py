@@ -168,6 +168,7 @@ def gap_closed(examples: Sequence[Example], base: float, tuned: float) -> dict[s
 # --- slices ---
 
 LENGTHS = (16, 64, 256)
+POSITIONS = ("first", "middle", "last", "stop")
 MAX_TURN = 8
 
 
@@ -203,27 +204,33 @@ def slices(
 
 
 def _order(kind: str, name: str) -> tuple[str, int, str]:
-    positions = ["first", "middle", "last", "stop"]
-    number = positions.index(name) if name in positions else int("".join(c for c in name if c.isdigit())[:4] or 0)
+    number = POSITIONS.index(name) if name in POSITIONS else int("".join(c for c in name if c.isdigit())[:4] or 0)
     return kind, number if kind != "source" else 0, name
 
 
-def _masks(example: Example, stops: set[int]) -> list[tuple[tuple[str, str], Any]]:
+def positions(example: Example, stops: set[int]) -> tuple[Any, IntArray, Any]:
+    """For each token: whether it is supervised, the number of its answer (from 1), and its place there, one of
+    ``POSITIONS``; the last two mean nothing where it is not."""
     supervised_T = example.weights_T > 0
-    if not supervised_T.any():
-        return []
     # A run of supervised tokens begins where the token before it is none, or is another message's end.
     ends_T = np.isin(example.token_ids_T, list(stops)) & supervised_T
     starts_T = supervised_T & ~np.concatenate([[False], supervised_T[:-1] & ~ends_T[:-1]])
     turn_T = np.cumsum(starts_T)
     next_T = np.concatenate([ends_T[1:], [False]])
     position_T = np.where(ends_T, "stop", np.where(starts_T, "first", np.where(next_T, "last", "middle")))
+    return supervised_T, turn_T, position_T
+
+
+def _masks(example: Example, stops: set[int]) -> list[tuple[tuple[str, str], Any]]:
+    supervised_T, turn_T, position_T = positions(example, stops)
+    if not supervised_T.any():
+        return []
     masks = [(("source", example.source.file), supervised_T)]
     for turn in range(1, int(turn_T[-1]) + 1):
         own_T = supervised_T & (turn_T == turn)
         name = str(turn) if turn < MAX_TURN else f"{MAX_TURN} and later"
         masks += [(("turn", name), own_T), (("length", _length(int(own_T.sum()))), own_T)]
-    masks += [(("position", name), supervised_T & (position_T == name)) for name in ("first", "middle", "last", "stop")]
+    masks += [(("position", name), supervised_T & (position_T == name)) for name in POSITIONS]
     return [(key, mask) for key, mask in masks if mask.any()]
 
 

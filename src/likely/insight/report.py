@@ -1,24 +1,22 @@
-"""The verdict of a run, as JSON for programs and one self-contained HTML page for people."""
+"""The facts and the verdict of a run: what its report says, without the way it looks."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import jinja2
-import numpy as np
-
-from likely import storage
 from likely.insight.evaluate import Delta, Evaluation
 from likely.insight.lens import Lens
-from likely.insight.pictures import AFTER, BEFORE, draw_svg, visible
-from likely.types import FloatArray, StepMetrics
+from likely.insight.movement import RowMove
+from likely.types import StepMetrics
 
+LIMITS = (
+    "The loss judges the gold answers token by token. Whether a freely written answer is good or true is unknown.",
+    "The intervals speak of examples like the held-out ones, and not of other prompts, languages or uses.",
+    "One training with one seed was run: how much another seed would differ is not known.",
+)
 FEW_EXAMPLES = 20  # below, a percentile bootstrap covers clearly less than it says
-SEEN = " The held-out data is the training data, so this says nothing about new examples."
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,11 @@ class Answer:
 @dataclass(frozen=True)
 class Report:
     """All that the page shows. ``entropy_floor`` is the least training NLL any model can reach; ``eval_is_data``
-    says that the held-out data is the training data; ``nll_before`` and ``nll_after`` are nats per token of each
-    held-out example."""
+    says that the held-out data is the training data; ``sources``, ``weights``, ``nll_before`` and ``nll_after`` are of
+    each held-out example: where it stands, its supervised weight, nats per token; ``evaluations`` are
+    ``{"step", "nll", "ci95"}`` of the held-out data in the order of steps, the base's at 0 and the tuned model's;
+    ``ends`` and ``moved`` are of :mod:`likely.insight.movement`, ``lengths`` of :mod:`likely.insight.lengths`, and
+    ``counted`` and ``hashes`` say what was counted, and of what data it was; ``notes`` what was told about the data."""
 
     title: str
     facts: dict[str, str]
@@ -45,14 +46,23 @@ class Report:
     tuned: Evaluation | None = None
     delta: Delta | None = None
     eval_is_data: bool = False
+    sources: Sequence[str] = ()
+    weights: Sequence[float] = ()
     nll_before: Sequence[float] = ()
     nll_after: Sequence[float] = ()
+    evaluations: Sequence[Mapping[str, Any]] = ()
     lens: Lens | None = None
+    moved: Sequence[RowMove] = ()
+    ends: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lengths: dict[str, Any] | None = None
     answers: Sequence[Answer] = ()
     held_out: dict[str, Any] | None = None
     retain: dict[str, Any] | None = None
     guard: dict[str, Any] | None = None
     generation: dict[str, Any] | None = None
+    counted: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    hashes: Mapping[str, str | None] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def exact_match(self) -> tuple[int, int] | None:
@@ -60,6 +70,14 @@ class Report:
         if not self.answers:
             return None
         return sum(a.before == a.gold for a in self.answers), sum(a.after == a.gold for a in self.answers)
+
+    @property
+    def effect(self) -> str:
+        """``better``, ``worse`` or ``unclear``: what the interval of the change supports; ``unknown`` without one."""
+        if self.delta is None or self.delta.ci95 is None:
+            return "unknown"
+        low, high = self.delta.ci95
+        return "better" if high < 0 else "worse" if low > 0 else "unclear"
 
     @property
     def verdict(self) -> str:
@@ -73,7 +91,7 @@ class Report:
         if self.delta.ci95 is None:
             return f"One held-out example is too few for a verdict: {change}."
         low, high = self.delta.ci95
-        effect = "Training helped" if high < 0 else "Training hurt" if low > 0 else "No clear change"
+        effect = {"better": "Training helped", "worse": "Training hurt", "unclear": "No clear change"}[self.effect]
         few = self.tuned.num_examples < FEW_EXAMPLES
         return (
             f"{effect}: {change} (change {self.delta.nll:+.4f}, 95% interval [{low:+.4f}, {high:+.4f}]), "
@@ -87,98 +105,13 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
+        """The content of report.json. What there is one of for each step or example stands in the CSV files."""
         before_after = self.exact_match
+        apart = {"steps", "sources", "weights", "nll_before", "nll_after"}
         return {
             "verdict": self.verdict,
-            **{k: v for k, v in asdict(self).items() if k not in {"steps", "nll_before", "nll_after"}},
+            **{k: v for k, v in asdict(self).items() if k not in apart},
             "exact_match": before_after
             and {"base": before_after[0], "tuned": before_after[1], "of": len(self.answers)},
             "last_step": asdict(self.steps[-1]) if self.steps else None,
         }
-
-
-def write_report(report: Report, folder: Path) -> None:
-    """``report.html``, which needs nothing from any network; then ``report.json``, which marks a run as finished."""
-    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    # A file name that is no UTF-8 is written as its escape, which JSON knows too.
-    storage.replace_file(folder / "report.html", render_html(report).encode(errors="backslashreplace"))
-    storage.replace_file(folder / "report.json", (text + "\n").encode(errors="backslashreplace"))
-
-
-def render_html(report: Report) -> str:
-    """The page, with every picture drawn into it."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("likely.insight", "templates"), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    pictures = {"curve": draw_svg(_draw_curve, report)}
-    if report.lens:
-        pictures["lens"] = draw_svg(_draw_lens, report)
-    if len(report.nll_before) > 1:
-        pictures["scatter"] = draw_svg(_draw_scatter, report)
-    return environment.get_template("report.html.j2").render(
-        report=report, pictures=pictures, before=BEFORE, after=AFTER, exact_match=report.exact_match
-    )
-
-
-def _draw_curve(figure: Any, report: Report) -> None:
-    axes = figure.add_subplot()
-    steps, nll = [m.step for m in report.steps], [m.nll for m in report.steps]
-    axes.plot(steps, nll, color="#777777", linewidth=1, label="training, each step before its update")
-    for evaluation, step, colour, name in (
-        (report.base, 0, BEFORE, "held-out, base"),
-        (report.tuned, steps[-1] if steps else 0, AFTER, "held-out, tuned"),
-    ):
-        if evaluation is not None:
-            low, high = evaluation.ci95 or (evaluation.nll, evaluation.nll)
-            bar = [[evaluation.nll - low], [high - evaluation.nll]]
-            label = f"{name} {evaluation.nll:.3f}"
-            axes.errorbar([step], [evaluation.nll], yerr=bar, fmt="o", capsize=4, color=colour, label=label)
-    if report.entropy_floor is not None:
-        axes.axhline(
-            report.entropy_floor, color="#999999", linestyle=":", linewidth=1, label="entropy floor of the data"
-        )
-    axes.set_xlabel("step")
-    axes.set_ylabel("NLL, nats per token")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _draw_lens(figure: Any, report: Report) -> None:
-    assert report.lens is not None  # noqa: S101
-    rows = report.lens.rows
-    axes = figure.add_subplot()
-    y = np.arange(len(rows))
-    for offset, colour, name, values in (
-        (-0.2, BEFORE, "base", [r.before for r in rows]),
-        (0.2, AFTER, "tuned", [r.after for r in rows]),
-    ):
-        bars = axes.barh(y + offset, values, height=0.38, color=colour, label=name)
-        axes.bar_label(bars, [f"{v:.1%}" for v in values], padding=3, fontsize=8)
-    # A dollar sign would start a formula.
-    labels = [visible(r.text).replace("$", r"\$") + ("  (gold)" if r.gold else "") for r in rows]
-    axes.set_yticks(y, labels)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.12)
-    axes.set_xlabel("probability of the next token")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _draw_scatter(figure: Any, report: Report) -> None:
-    axes = figure.add_subplot()
-    before, after = _arrays(report)
-    top = float(max(before.max(), after.max())) * 1.05
-    axes.plot([0, top], [0, top], color="#999999", linewidth=1, linestyle=":", label="no change")
-    for chosen, colour, marker, name in (
-        (after < before, AFTER, "o", "more likely now"),
-        (after >= before, BEFORE, "x", "not more likely"),
-    ):
-        if chosen.any():
-            label = f"{name} ({int(chosen.sum())})"
-            axes.scatter(before[chosen], after[chosen], s=18, color=colour, marker=marker, alpha=0.7, label=label)
-    axes.set_xlabel("NLL per token, base (nats)")
-    axes.set_ylabel("NLL per token, tuned (nats)")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _arrays(report: Report) -> tuple[FloatArray, FloatArray]:
-    return np.array(report.nll_before), np.array(report.nll_after)

@@ -21,11 +21,14 @@ from likely.model.untrusted import (
     read_json,
     vocabulary_size,
 )
+from likely.strict_yaml import MAX_CHARACTERS, read_settings
 from likely.types import Example
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 STEP = re.compile(r"(?:step-)?([0-9]{1,12})")
-SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md"]
+FRONT_MATTER = re.compile(r"\ufeff?---\n(.*?\n)---\n", re.DOTALL)
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,18 @@ def local_folder(weights: str, *, with_weights: bool = False) -> Path:
         ) from error
     check_model(folder, with_weights=with_weights)
     return folder
+
+
+def licence_of(place: Place) -> str | None:
+    """The licence that the card of a model names, as its hub writes it (``apache-2.0``); None where it names none."""
+    try:
+        with (local_folder(place.weights) / "README.md").open(encoding="utf-8") as card:
+            head = card.read(MAX_CHARACTERS)
+        metadata = FRONT_MATTER.match(head)
+        licence = read_settings(metadata[1]).values.get("license") if metadata else None
+    except (OSError, ValueError, LikelyError):
+        return None
+    return licence if isinstance(licence, str) and LICENCE.fullmatch(licence) else None
 
 
 def read_context_length(place: Place) -> int:
