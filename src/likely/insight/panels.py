@@ -45,9 +45,10 @@ def _change(report: Report) -> Chart | None:
     assert tuned  # noqa: S101
     own = (tuned.num_examples, tuned.num_tokens, base.nll, tuned.nll, delta.nll)
     rows.insert(0, ("all", "all answers", *own, *(delta.ci95 or (None, None))))
-    shown = [rows[0], *_told_apart(rows)][:MAX_SLICES]
+    apart = _told_apart(rows)
+    shown = [rows[0], *apart[: MAX_SLICES - 1]]
     label = "Change of the held-out loss: " + ", ".join(f"{_name(row)} {row[6]:+.3f}" for row in shown[:8])
-    left_out = f"{len(shown)} of {len(rows)} slices are drawn." if len(shown) < len(rows) else ""
+    left_out = f"{len(shown) - 1} of {len(apart)} slices are drawn." if len(shown) <= len(apart) else ""
     svg = draw_svg(_draw_change, shown, name="change", label=label, height=0.8 + 0.24 * len(shown))
     return Chart("change", svg, label, left_out, columns, rows)
 

@@ -198,7 +198,7 @@ def _heat(moved: Sequence[RowMove], budget: Budget) -> list[tuple[str, list[dict
         "Gained most": [row for row in moved if row.gain > 0][: budget.moved],
         "Lost most": [row for row in moved if row.gain < 0][: budget.moved],
     }
-    return [(title, [_heat_row(row, budget.token) for row in rows]) for title, rows in parts.items() if rows]
+    return [(title, [_heat_row(row, budget.token) for row in rows]) for title, rows in parts.items()] if moved else []
 
 
 def _heat_row(row: RowMove, limit: int) -> dict[str, Any]:
