@@ -53,6 +53,18 @@ def truth(model: Any, rows: list[Row], denominator: float = 1.0) -> Truth:
     return Truth(nll, result.logprob, result.rank, result.entropy, result.gradient)
 
 
+def entropy_of_next_tokens(rows: list[Row]) -> float:
+    """The least that ``sum_t w_t * -log P(token_t | token_<t)`` can be over all conversations, in nats: the entropy of
+    the empirical distribution of the next token, at every context by itself."""
+    weight: dict[tuple[int, ...], dict[int, float]] = {}
+    for token_ids, weights in rows:
+        for t in range(1, len(token_ids)):
+            if weights[t] > 0:
+                after = weight.setdefault(tuple(token_ids[:t]), {})
+                after[token_ids[t]] = after.get(token_ids[t], 0.0) + weights[t]
+    return sum(w * math.log(sum(after.values()) / w) for after in weight.values() for w in after.values())
+
+
 @st.composite
 def families(draw: st.DrawFn, vocabulary: int, max_rows: int = 5, max_tail: int = 6) -> list[Row]:
     """Conversations that branch off one another anywhere, with duplicates, partial masks, rows that supervise nothing

@@ -36,12 +36,32 @@ REFUSED: dict[str, tuple[str, bytes, int | None, str]] = {
     "12 carriage returns alone": ("d.jsonl", LINE.replace(b"\n", b"\r") * 3, 1, "broken JSON"),
     "15 a last line that is cut": ("d.jsonl", LINE * 16 + b'{"messages":[{"ro', 17, "broken JSON"),
     "18 a pretty-printed object": ("d.jsonl", json.dumps(ROW, indent=2).encode(), 1, "one row a line"),
+    "18 rows over several lines": (
+        "d.json",
+        (json.dumps(ROW, indent=2) + "\n").encode() * 3,
+        1,
+        "JSON over several lines, not one row a line",
+    ),
+    "18 a pretty-printed list in an object": (
+        "d.json",
+        json.dumps({"data": [ROW] * 3}, indent=1).encode(),
+        1,
+        "JSON over several lines",
+    ),
+    "rows inside an object": ("d.json", json.dumps({"data": [ROW] * 3}).encode(), 1, "rows inside 'data'"),
     "19 NaN": ("d.jsonl", LINE + LINE.replace(b'"Paris."', b'"Paris.", "score": NaN'), 2, "NaN is not JSON"),
     "20 a key that stands twice": ("d.jsonl", LINE + b'{"messages": [], "messages": []}\n', 2, "stands twice"),
     "21 endless nesting": ("d.jsonl", LINE + b"[" * 200_000 + b"\n", 2, "nested too deeply"),
     "21 endless nesting in an array": ("d.json", b"[" * 200_000, 1, "nested too deeply"),
     "23 a long line": ("d.jsonl", LINE + b" " * (17 * 2**20) + b"\n", 2, "over 16 MB"),
     "24 a bomb": ("d.jsonl.gz", gzip.compress((b" " * 4095 + b"\n") * 2**15), None, "times its size"),
+    "24 a bomb of short rows": ("d.jsonl.gz", gzip.compress(LINE * 2**17), None, "times its size"),
+    "23 a row that no context holds": (
+        "d.jsonl",
+        LINE + said(USER, {**ASSISTANT, "content": "word " * 3_000_000}),
+        2,
+        "at least",
+    ),
     "25 a zip archive": ("d.jsonl", b"PK\x03\x04" + b"\0" * 100, None, "zip archive"),
     "25 a cut Parquet file": ("d.jsonl", b"PAR1" + b"\0" * 100, 0, "broken Parquet"),
     "29 a list": ("d.jsonl", LINE + b"[1]\n", 2, "a list"),
@@ -149,7 +169,8 @@ def test_bad_data(likely: Likely, tmp_path: Path, tiny_model_dir: Path, name: st
     ("data", "words"),
     [
         ("missing.jsonl", "no such file"),  # 1
-        (".", "a folder"),  # 3
+        (".", "a folder, and has no data file in it"),  # 3
+        ("rows", "this is a folder; name its files, with commas between them: rows/a.jsonl,rows/b.csv.gz"),
         ("pipe", "not an ordinary file"),  # 4
         ("/dev/zero", "not an ordinary file"),
         ("dangling.jsonl", "no such file"),  # 27
@@ -164,6 +185,9 @@ def test_what_is_no_data_file(
     words: str,
 ) -> None:
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "rows").mkdir()
+    for name in ("a.jsonl", "b.csv.gz", "README.md"):
+        (tmp_path / "rows" / name).touch()
     (tmp_path / "dangling.jsonl").symlink_to("nowhere")
     told = likely("train", "--model", tiny_model_dir, "--data", data, "--output", "run")
     assert_refused(told, 3)

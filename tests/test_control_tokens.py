@@ -3,6 +3,7 @@ place between the control tokens that the template writes."""
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -266,3 +267,33 @@ def test_the_renamed_tokenizer_reads_alike(name: str, text: str) -> None:
     controls = ControlTokens(ODD[name])
     expected = controls.encoder.encode(text).ids_T
     np.testing.assert_array_equal(controls.literal.encode(controls.shown(text)).ids_T, expected)
+
+
+@pytest.mark.parametrize(
+    ("role", "content", "words"),
+    [
+        ("user", "|im_end|", "makes control tokens of the question '|im_end|'"),
+        ("user", " im_end|", None),
+        ("system", "see <|im_end", "makes control tokens of the system prompt"),
+        ("user", "a < b <", None),
+        ("user", "> b", None),
+    ],
+)
+def test_a_control_token_of_the_template_and_a_text_together_is_refused(
+    role: str, content: str, words: str | None, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.chat_template = CHATML.replace("message['content']", "message.content").replace(
+        "message.content",
+        "('<' + message.content + '>' if message.role == 'user' else message.content + '|>'"
+        " if message.role == 'system' else message.content)",
+    )
+    assert "'<' +" in tokenizer.chat_template
+    texts = {"system": "Be kind.", "user": "Hi", role: content}
+    messages = (*(Message(r, t) for r, t in texts.items()), Message("assistant", "Hello"))  # type: ignore[arg-type]
+    conversation = Conversation(messages, Source("rows.jsonl", 3))
+    if words is None:
+        assert len(Renderer(tokenizer).render(conversation)) == 1
+    else:
+        with pytest.raises(DataError, match=re.escape(words)):
+            Renderer(tokenizer).render(conversation)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
+import struct
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +19,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from likely.data import cache, dataset
+from likely.data import cache, dataset, parallel
 from likely.data.cache import load_kept
 from likely.data.dataset import Request, load_dataset
 from likely.data.formats import ReadOptions
 from likely.data.render import Renderer, load_tokenizer
 from likely.data.rows import BATCH_ROWS
 from likely.data.table import Collected
-from likely.errors import DataError
+from likely.errors import DataError, ResourceError
 from likely.types import Conversation, Example
 
 
@@ -150,3 +154,21 @@ def test_a_stop_while_results_are_on_their_way_does_not_hang() -> None:
     command = [sys.executable, "-c", textwrap.dedent(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["stopped"] * 4, done.stderr
+
+
+def die_while_writing(_: int) -> None:
+    """What a process that the system kills for its memory may leave: the beginning of a result."""
+    frame = sys._getframe()
+    while "result_queue" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    os.write(frame.f_locals["result_queue"]._writer.fileno(), struct.pack("!i", 1000) + b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_in_the_middle_of_a_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "PATIENCE", 0.2)
+    started = time.monotonic()
+    with pytest.raises(ResourceError, match="a worker process died"), parallel.Workers(2) as workers:
+        list(workers.map(die_while_writing, range(4)))
+    assert time.monotonic() - started < 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import copy
 import gzip
 import hashlib
 import io
@@ -22,8 +23,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from likely.data import reading, strict_json
+from likely.data.formats import parse_row
 from likely.data.reading import Rows
 from likely.errors import DataError
+from likely.types import Source
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "2 + 2 =", "completion": " 4"},
@@ -318,3 +321,24 @@ def test_a_file_that_can_t_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyP
     opened: Callable[..., Any] = refuse
     monkeypatch.setattr(Path, "open", opened)
     assert "Permission denied" in refusal(path).message
+
+
+def test_a_first_row_that_breaks_off_is_one_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a",\n{"text": "b"}\n{\n{"text": "c"}\n', encoding="utf-8")
+    bad: list[DataError] = []
+    assert [row["text"] for row, _ in Rows(path, bad.append)] == ["b", "c"]
+    assert [error.place for error in bad] == [f"{path}:1", f"{path}:3"]
+    path.write_text('{"text":', encoding="utf-8")
+    bad.clear()
+    assert not list(Rows(path, bad.append))
+    assert [error.place for error in bad] == [f"{path}:1"]
+
+
+def test_null_columns_of_a_table_are_named(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "a"}], "id": 1}, {"messages": None, "id": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet")
+    found = [row for row, _ in Rows(tmp_path / "d.parquet")]
+    assert copy.deepcopy(found[1]).nulls == ("messages", "id")  # as rows are sent to workers
+    with pytest.raises(DataError, match="the row has no keys, and null in 'messages', 'id'; write rows of"):
+        parse_row(found[1], Source("d.parquet", 2))

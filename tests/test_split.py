@@ -230,3 +230,32 @@ def test_a_run_says_what_it_held_out_and_writes_it_down(tmp_path: Path, tiny_mod
     path.write_text(path.read_text(encoding="utf-8")[:2000].rpartition("\n")[0], encoding="utf-8")
     with pytest.raises(ConfigError, match="eval_every has nothing to score: no rows are held out"):
         likely.train(output=str(tmp_path / "few"), eval_every=1, **settings)
+
+
+def turns(i: int, last_weight: float, length: int = 3) -> str:
+    said = [
+        ("user", words(i, 4)),
+        ("assistant", words(300 + i, 4)),
+        ("user", "And?"),
+        ("assistant", words(900 + i, length)),
+    ]
+    messages: list[dict[str, object]] = [{"role": role, "content": text} for role, text in said]
+    messages[-1]["weight"] = last_weight
+    return json.dumps({"messages": messages}) + "\n"
+
+
+def test_a_held_out_row_that_is_too_long_is_refused_and_never_cut(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Training gives no weight to it, so that it may have any length there; judged it has some."""
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(turns(i, float(i % 2), 3 if i % 2 else 90) for i in range(40)), encoding="utf-8")
+    renderer = Renderer(chat_tokenizer, Supervision("last_assistant"))
+    whole = load_dataset(str(path), renderer, 300)
+    request = Request(str(path), Renderer(chat_tokenizer), 300)
+    with pytest.raises(DataError, match=r"d\.jsonl:\d+: \d+ tokens, and \d+ of \d+ examples are over the limit of 300"):
+        hold_out(whole, 0.5, 0, request)
+    _, held_out, _ = hold_out(whole, 0.5, 0, replace(request, on_too_long="drop"))
+    assert held_out is not None
+    assert {e.source.line % 2 for e in held_out.examples} == {0}
+    assert max(len(e.token_ids_T) for e in held_out.examples) <= 300

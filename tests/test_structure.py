@@ -22,6 +22,7 @@ FLOORS = [
     ("likely.view", 7),
     ("likely.web", 6),
     ("likely.journal", 6),
+    ("likely.examiners", 6),
     ("likely.outcome", 6),
     ("likely.run_folder", 5),
     ("likely.provenance", 5),
@@ -78,6 +79,7 @@ WITHIN = {
         "rendering",
         "dataset",
         "split",
+        "taught",
         "survey",
     ],
     "model": [

@@ -73,6 +73,20 @@ Trackers = Annotated[str, BeforeValidator(_joined), AfterValidator(_trackers)]
 Day = Annotated[str, AfterValidator(_a_day)]
 
 
+def refuse_idle_data_options(settings: Any) -> None:
+    """Of settings that ``likely check`` has too.
+
+    Raises:
+        ValueError: one has no effect beside another one.
+    """
+    if settings.train_on == "all" and settings.prompt_weight not in (0.0, 1.0):
+        raise ValueError("train_on all already gives prompts weight 1; use train_on assistant with prompt_weight")
+    if settings.eval_share and settings.eval_data is not None:
+        raise ValueError("eval_share has no effect beside eval_data; remove one of them")
+    if settings.steps is not None and "epochs" in settings.model_fields_set:
+        raise ValueError("steps and epochs both say how long to train; give one of them")
+
+
 class Config(BaseModel):
     """What one training does. Field ``batch_size`` is the flag ``--batch-size`` and the YAML key ``batch_size``."""
 
@@ -170,14 +184,9 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _no_idle_options(self) -> Config:
-        if self.train_on == "all" and self.prompt_weight not in (0.0, 1.0):
-            raise ValueError("train_on all already gives prompts weight 1; use train_on assistant with prompt_weight")
-        if self.eval_share and self.eval_data is not None:
-            raise ValueError("eval_share has no effect beside eval_data; remove one of them")
+        refuse_idle_data_options(self)
         if self.tune == "full" and self.lora_alpha is not None:
             raise ValueError("lora_alpha has no effect with tune full; remove it")
-        if self.steps is not None and "epochs" in self.model_fields_set:
-            raise ValueError("steps and epochs both say how long to train; give one of them")
         if self.eval_every is not None and self.eval_data is None and self.eval_share == 0:
             raise ValueError("eval_every has nothing to score without eval_data or eval_share; give one or remove it")
         if self.patience is not None and self.eval_every is None:

@@ -17,7 +17,7 @@ from likely.data.dataset import Dataset, Request
 from likely.data.formats import read_options
 from likely.data.mixture import absolute_parts
 from likely.data.order import num_steps, prefix_families
-from likely.data.packing import default_pack_tokens
+from likely.data.packing import choose_pack_tokens
 from likely.data.render import Renderer, Supervision, load_tokenizer
 from likely.data.split import hold_out, told_of_split
 from likely.errors import ConfigError, LikelyError, ResourceError, is_out_of_memory
@@ -181,13 +181,7 @@ def _pack_tokens(wanted: int | None, datasets: Sequence[Dataset | None]) -> int:
     """Trie tokens of a forward, with room for every example."""
     longest = max((d for d in datasets if d), key=lambda d: int(d.table.length_N.max()))
     length_N = longest.table.length_N
-    if wanted is not None and wanted < length_N.max():
-        raise ConfigError(
-            f"pack_tokens {wanted} can't hold the longest example, {length_N.max()} tokens",
-            place=str(longest.examples[int(length_N.argmax())].source),
-            way_out=f"use at least {length_N.max()}",
-        )
-    return wanted or default_pack_tokens(int(length_N.max()))
+    return choose_pack_tokens(wanted, int(length_N.max()), longest.examples[int(length_N.argmax())].source)
 
 
 def _resolve(config: Config, **chosen: float) -> Config:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from likely.config import Config, DataFiles, Day, Name, Number, PositiveInt, a_folder
+from likely.config import Config, DataFiles, Day, Name, Number, PositiveInt, a_folder, refuse_idle_data_options
 
 
 def _as_in_training(key: str) -> Any:
@@ -69,6 +69,11 @@ class CheckSettings(BaseModel):
     seed: int = _as_in_training("seed")
     show: str | None = Field(None, description="show this row instead of three: its line, or file:line")
     processes: PositiveInt | None = Field(None, description="worker processes [one for each processor]")
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> CheckSettings:
+        refuse_idle_data_options(self)
+        return self
 
 
 class LookSettings(BaseModel):

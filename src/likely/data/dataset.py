@@ -120,6 +120,10 @@ class Request:
     on_too_long: OnTooLong = "error"
     keep_unweighted: bool = False
 
+    def job(self) -> Job:
+        """What becomes of every batch."""
+        return Job(self.options, self.max_length, self.on_too_long, self.keep_unweighted)
+
     def recipe(self) -> Recipe | None:
         """What another process can make the same renderer by; None where its tokenizer is nowhere to be loaded from."""
         folder = str(getattr(self.renderer.tokenizer, "name_or_path", "") or "")
@@ -162,6 +166,11 @@ class Loaded:
     first_too_long: tuple[Source, int] | None = None
     num_too_long: int = 0
     longest: int = 0
+
+    @property
+    def num_weighted(self) -> int:
+        """Examples that something would be learnt from, however long."""
+        return self.num_examples - self.num_unweighted
 
     def add(self, done: Rendered) -> None:
         """Take in the counts of the next batch.
@@ -215,7 +224,7 @@ def read(request: Request, into: Collected, progress: Progress | None = None, in
         ConfigError: the request's ``path`` can't be understood.
     """
     intake = intake or Intake(request.path, request.options)
-    job = Job(request.options, request.max_length, request.on_too_long, request.keep_unweighted)
+    job = request.job()
     loaded = Loaded(request, intake, [0] * len(intake.parts))
     num_kept = 0
     with _renderers(request, intake, job) as (run, render):
@@ -230,7 +239,7 @@ def read(request: Request, into: Collected, progress: Progress | None = None, in
                 advance(done.parsed.num_rows, done.share_read)
     intake.require_rows()
     if loaded.first_too_long:
-        raise _too_long(loaded)
+        raise too_long(*loaded.first_too_long, loaded.num_too_long, loaded.longest, loaded.num_weighted, request)
     if not num_kept:
         raise _nothing_left(request.path, loaded.lengths, loaded.rejected)
     return loaded
@@ -265,13 +274,12 @@ def _renderers(request: Request, intake: Intake, job: Job) -> Iterator[tuple[Run
     yield map, partial(render_batch, job, request.renderer)
 
 
-def _too_long(loaded: Loaded) -> DataError:
-    assert loaded.first_too_long is not None  # noqa: S101
-    source, length = loaded.first_too_long
+def too_long(first: Source, length: int, num_over: int, longest: int, num_examples: int, request: Request) -> DataError:
+    """What to say where ``num_over`` of the examples are too long and none may be."""
     return DataError(
-        f"{length} tokens, and {loaded.num_too_long} of {loaded.num_examples - loaded.num_unweighted} examples are over"
-        f" the limit of {loaded.request.max_length} tokens (the longest has {loaded.longest})",
-        place=str(source),
+        f"{length} tokens, and {num_over} of {num_examples} examples are over the limit of {request.max_length} tokens"
+        f" (the longest has {longest})",
+        place=str(first),
         way_out="raise --max-length if the model's context allows it, shorten the rows, or say --on-too-long",
     )
 

@@ -12,10 +12,11 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 
 from likely.types import IntArray
 
@@ -26,6 +27,7 @@ _TANGUT, _NUM_TANGUT, _IDEOGRAPHS = 0x17000, 6136, 0x20000
 _WRITTEN = 0xF0000
 _STAND_IN = re.compile("[\U00017000-\U000187f7\U00020000-\U0002a6df\U000f0000-\U0010ffff]")
 MAX_CACHED_CHARS, MAX_CACHED = 200, 10_000
+_KEEPING = {"ByteLevel", "Split", "Digits"}  # steps before a model that take no text away
 # Thoughts are written with these by people and templates alike, so an answer may say them.
 THOUGHT_MARKS = ("<think>", "</think>")
 
@@ -187,6 +189,9 @@ class ControlTokens:
             for t in added.values()
             if t.content in texts and not t.single_word and everything.count(t.content) == 1
         }
+        self._together, self._longest = "\0".join(self._texts), max(map(len, self._texts), default=0)
+        self._beginnings = {text[:n] for text in self._texts for n in range(1, len(text))}
+        self._ends = {text[n:] for text in self._texts for n in range(1, len(text))}
         self.pattern = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
         unthoughtful = [text for text in self._texts if text not in THOUGHT_MARKS]
         self._in_answers = re.compile("|".join(map(re.escape, unthoughtful)) or r"(?!)")
@@ -195,9 +200,18 @@ class ControlTokens:
         meanings = [text for key, text in _named(tokenizer) if key != "unk_token"]
         unread = self._added.get(str(tokenizer.unk_token)) if str(tokenizer.unk_token) not in meanings else None
         obeyed = {i: text for i, text in self._control_ids.items() if i != unread}
-        self._obeyed = np.array(sorted(obeyed), np.int64)
+        self.ids: IntArray = np.array(sorted(obeyed), np.int64)
         self.encoder = TextEncoder(self._backend, obeyed, {i: text for i, text in whole.items() if i != unread})
         self._literal: TextEncoder | None = None
+
+    def may_join(self, text: str) -> bool:
+        """Whether a text could be a part of a control token whose other parts stand before or behind it."""
+        head, tail = text[: self._longest], text[-self._longest :]
+        return (
+            any(head[:n] in self._ends for n in range(1, len(head) + 1))
+            or any(tail[-n:] in self._beginnings for n in range(1, len(tail) + 1))
+            or (len(text) < self._longest and text in self._together)
+        )
 
     def spelled(self, value: Any, *, in_answer: bool = False) -> Iterator[str]:
         """The control tokens that strings inside a JSON value spell."""
@@ -255,12 +269,46 @@ class ControlTokens:
 
     def num_obeyed(self, ids: Sequence[int]) -> int:
         """How many of these tokens are control tokens."""
-        return int(np.isin(ids, self._obeyed).sum())
+        return int(np.isin(ids, self.ids).sum())
 
     def has_all(self, encoded: Encoded) -> bool:
         """Whether each control token that a template wrote into a text for :attr:`literal` is among its tokens."""
         written = sum(_WRITTEN <= ord(c) < _WRITTEN + len(self._texts) for c in encoded.text)
         return int(np.isin(encoded.ids_T, list(self._control_ids)).sum()) == written
+
+
+class FewestTokens:
+    """A lower bound of the tokens of a text, from its bytes alone: a byte-level tokenizer gives each of them a place in
+    a token, and no token has more than the longest. Other tokenizers may drop text, or take any length of it as one
+    unknown token; for them the bound is 0."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def _bound(self) -> tuple[int, bool]:
+        """Bytes of the longest token, 0 where nothing is known; and whether that holds for ASCII alone."""
+        spec = json.loads(self._tokenizer.to_str())
+        steps = spec["pre_tokenizer"] or {}
+        steps = steps.get("pretokenizers", [steps])
+        vocab, added = spec["model"].get("vocab"), spec["added_tokens"]
+        known = (
+            (spec["normalizer"] or {"type": "NFC"}).get("type") == "NFC"
+            and any(step.get("type") == "ByteLevel" for step in steps)
+            and all(step.get("type") in _KEEPING and step.get("behavior") != "Removed" for step in steps)
+            and isinstance(vocab, dict)
+            and all(letter in vocab for letter in pre_tokenizers.ByteLevel.alphabet())
+            and not any(token["lstrip"] or token["rstrip"] for token in added)  # which take in any white space
+        )
+        # In a byte-level vocabulary a character is a byte.
+        longest = max([*map(len, vocab), *(len(token["content"].encode()) for token in added)]) if known else 0
+        return longest, spec["normalizer"] is not None  # NFC makes fewer bytes of some texts
+
+    def of(self, text: str) -> int:
+        longest, ascii_only = self._bound
+        if not longest or (ascii_only and not text.isascii()):
+            return 0
+        return len(text.encode()) // longest
 
 
 def _named(tokenizer: Any) -> Iterator[tuple[str, str]]:

@@ -19,7 +19,6 @@ from likely.data.duplicates import (
     Signatures,
     digests,
     groups_of,
-    hash_of,
     near_pairs,
     to_signatures,
 )
@@ -48,7 +47,7 @@ def keys_of(conversations: Sequence[Conversation]) -> RowKeys:
     return RowKeys(
         np.concatenate(signatures) if signatures else to_signatures(digests([])),
         np.array([beginning_of(c) for c in conversations], np.uint64),
-        np.array([turn_hashes(c)[0] for c in conversations], np.uint64),
+        np.array([content_of(c) for c in conversations], np.uint64),
     )
 
 
@@ -100,20 +99,17 @@ def _mixed(values: Hashes) -> Hashes:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def turn_hashes(conversation: Conversation) -> tuple[int, list[tuple[int, int, float]]]:
-    """A hash of the whole row, and of each trained turn's context and of what is said there, with its weight."""
-    before = RunningHash()
-    before.add(json.dumps(conversation.tools, sort_keys=True, default=str) if conversation.tools else "")
+def content_of(conversation: Conversation) -> int:
+    """A hash of all that a row says. It is of the row and not of its tokens: the same rows are held out for every
+    model."""
+    text = RunningHash()
+    text.add(json.dumps(conversation.tools, sort_keys=True, default=str) if conversation.tools else "")
     if conversation.tokens is not None:
-        before.add(repr(conversation.tokens))
-    turns = []
+        text.add(repr(conversation.tokens))
     for message in conversation.messages:
         fields = json.dumps(dict(message.fields), sort_keys=True, default=str) if message.fields else ""
-        said = f"{message.role}\0{message.content or ''}\0{fields}\0"
-        if message.role == "assistant" and message.weight > 0:
-            turns.append((before.value(), hash_of(said), message.weight))
-        before.add(said)
-    return before.value(), turns
+        text.add(f"{message.role}\0{message.content or ''}\0{fields}\0")
+    return text.value()
 
 
 def beginning_of(conversation: Conversation) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from likely.data.hub import HubRows, rows_of
-from likely.data.reading import Rows
+from likely.data.reading import Rows, TableRow
 from likely.data.shapes import KNOWN_KEYS, OPTIONAL, PARSERS, REQUIRED, SHAPES, Notes, Shape, kind_of
 from likely.errors import ConfigError, DataError, quoted
 from likely.types import Conversation, Source
@@ -164,7 +164,7 @@ def shape_of(row: Any, source: Source, format: Format = "auto") -> Shape:  # noq
             "a weight on the whole row means different things to different providers",
             'put "weight" on the assistant messages',
         )
-    keys = ", ".join(map(quoted, list(row)[:6])) or "no keys"
+    keys = keys_of_row(row)
     if format != "auto":
         if not all(key in row for key in REQUIRED[format]):
             wanted = " and ".join(map(repr, REQUIRED[format]))
@@ -177,8 +177,26 @@ def shape_of(row: Any, source: Source, format: Format = "auto") -> Shape:  # noq
     if len(fitting) > 1:
         raise wrong(f"the row fits {' and '.join(fitting)}", "keep the keys of one, or say which with --format")
     if not fitting:
+        inside = next((key for key, value in row.items() if _are_rows(value)), None)
+        if inside is not None:
+            raise wrong(
+                f"the row has {keys}, and rows inside {quoted(inside)}", "write those, one a line, or their list"
+            )
         raise wrong(f"the row has {keys}", f"write {WRITE}, {MAP}")
     return fitting[0]
+
+
+def keys_of_row(row: Mapping[str, Any]) -> str:
+    """What a row has, for people: some of its keys, and the columns of a table that are null in it."""
+    keys = ", ".join(map(quoted, list(row)[:6])) or "no keys"
+    nulls = row.nulls if isinstance(row, TableRow) else ()
+    return f"{keys}, and null in {', '.join(map(quoted, nulls[:6]))}" if nulls else keys
+
+
+def _are_rows(value: Any) -> bool:
+    """Whether this is a list of rows of some shape."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and any(first.keys() >= set(REQUIRED[shape]) for shape in SHAPES)
 
 
 def read_options(format: Format, columns: str | None, skip_bad: bool = False, seed: int = 0) -> ReadOptions:  # noqa: A002
@@ -216,7 +234,6 @@ def _mapped(row: Any, columns: Mapping[str, str], source: Source) -> Any:
         return row
     missing = next((column for column in columns.values() if column not in row), None)
     if missing is not None:
-        keys = ", ".join(map(quoted, list(row)[:6])) or "no keys"
-        message = f"no column {quoted(missing)}: the row has {keys}"
+        message = f"no column {quoted(missing)}: the row has {keys_of_row(row)}"
         raise DataError(message, place=str(source), way_out="correct --columns")
     return {key: row[column] for key, column in columns.items()}

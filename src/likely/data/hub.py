@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from likely.data.reading import BadRow, Rows, without_nulls
+from likely.data.reading import BadRow, Rows, of_table
 from likely.errors import DataError, first_line
 from likely.types import Source
 
@@ -39,10 +39,11 @@ class HubRows:
         self.share_read = 0.0
         self._found: Any = None
 
-    def find(self) -> tuple[str | None, int]:
-        """What the package calls the content of the data set, and its bytes in memory; None where it does not say."""
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the data set in memory; 0 where it does not say."""
         found = self._found = self._found or self._load()
-        return _fingerprint(found), int(getattr(getattr(found, "data", None), "nbytes", 0))
+        return int(getattr(getattr(found, "data", None), "nbytes", 0))
 
     def __iter__(self) -> Iterator[tuple[Any, Source]]:
         digest = hashlib.sha256()
@@ -59,8 +60,7 @@ class HubRows:
                 break
             number += 1
             self.share_read = number / size if size else 0.0
-            # Arrow writes every column into every row, so null there means that the key is absent.
-            row = without_nulls(row)
+            row = of_table(row)
             digest.update(json.dumps(row, ensure_ascii=False, default=repr).encode("utf-8", "surrogatepass") + b"\n")
             yield row, Source(self.path, number)
         self.sha256 = digest.hexdigest()
@@ -99,13 +99,6 @@ def is_hub_id(path: str) -> bool:
 def full_name(path: str) -> str:
     """A name of the hub with its split; any other name as it is."""
     return f"{path}:{DEFAULT_SPLIT}" if is_hub_id(path) and ":" not in path else path
-
-
-def _fingerprint(found: Any) -> str | None:
-    # The package has no public name for it, though its documentation speaks of it: it hashes the rows' origin and every
-    # change to them.
-    fingerprint = getattr(found, "_fingerprint", None)
-    return fingerprint if isinstance(fingerprint, str) and fingerprint else None
 
 
 def _pieces(path: str) -> tuple[str, str | None, str]:

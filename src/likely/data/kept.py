@@ -48,6 +48,11 @@ class Context:
                 " out with --on-bad-row skip",
             )
         contents = [(message.get("content") or "").strip() for message in row.spoken[: row.end]]
+        for i, content in enumerate(contents):
+            if content and row.may_join(content) and "</think>" not in content:
+                later = [ask for ask in asks if ask.end > i]
+                others = row.texts_of([ask._replace(replaced=i) for ask in later])
+                _prove_controls(row, i, [row.text(ask) for ask in later], others)
         told = [i for i, content in enumerate(contents) if content and i not in turns]
         place = 0
         in_order = True
@@ -81,14 +86,7 @@ class Context:
             self._shown.add((built, i))
         if verbatim or message.role == "assistant":  # a thought in an earlier answer may go
             return True
-        for text, other in zip(texts, others, strict=True):
-            if isinstance(other, str) and row.num_controls(text) != row.num_controls(other):
-                raise DataError(
-                    f"messages[{i}]: the chat template makes control tokens of the {SAYS[message.role]}"
-                    f" {quoted(content)}",
-                    place=str(row.source),
-                    way_out="remove them from the text",
-                )
+        _prove_controls(row, i, texts, others)
         return False
 
     def _shows_tools(self, row: Row, built: tuple[tuple[str, ...], bool], text: str) -> bool:
@@ -100,6 +98,18 @@ class Context:
         if shown and len(self._shown) < MAX_KNOWN:
             self._shown.add(built)
         return shown
+
+
+def _prove_controls(row: Row, i: int, texts: Sequence[str], others: Sequence[str | Problem]) -> None:
+    """A template writes as many control tokens around any content."""
+    for text, other in zip(texts, others, strict=True):
+        if isinstance(other, str) and row.num_controls(text) != row.num_controls(other):
+            said, content = SAYS[row.conversation.messages[i].role], row.spoken[i]["content"].strip()
+            raise DataError(
+                f"messages[{i}]: the chat template makes control tokens of the {said} {quoted(content)}",
+                place=str(row.source),
+                way_out="remove them from the text",
+            )
 
 
 def _descriptions(row: Row) -> list[str]:

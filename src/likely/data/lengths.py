@@ -3,10 +3,13 @@ counted. A stop token is never made up, and an example in which nothing is left 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from likely.types import ROLES, Example
+from likely.data.render import Renderer
+from likely.errors import DataError
+from likely.types import ROLES, Conversation, Example
 
 OnTooLong = Literal["error", "drop", "truncate_left", "truncate_right"]
 _ASSISTANT = ROLES.index("assistant")
@@ -65,3 +68,37 @@ def fit(example: Example, max_length: int, policy: OnTooLong, counts: LengthCoun
         inside = (example.weights_T[around] > 0) & (example.role_T[around] == _ASSISTANT)
         counts.stop_lost += bool(inside.all())
     return Example(example.token_ids_T[kept].copy(), weights_T, example.role_T[kept].copy(), example.source)
+
+
+def without_hopeless(
+    conversations: Sequence[Conversation], renderer: Renderer, max_length: int, policy: OnTooLong
+) -> tuple[Sequence[Conversation], list[DataError]]:
+    """The rows without those whose texts alone are more tokens than an example may have, however they are tokenised,
+    and what is wrong with these: to tokenise some megabytes takes seconds and a hundred times their size. Where rows
+    may be dropped or cut, and where the tokenizer gives no bound, all are kept."""
+    if policy != "error":
+        return conversations, []
+    kept, hopeless = [], []
+    for conversation in conversations:
+        fewest = _fewest_tokens(conversation, renderer, max_length)
+        if fewest <= max_length:
+            kept.append(conversation)
+            continue
+        hopeless.append(
+            DataError(
+                f"at least {fewest:,} tokens, over the limit of {max_length:,} tokens",
+                place=str(conversation.source),
+                way_out="raise --max-length if the model's context allows it, shorten the row, or say --on-too-long",
+            )
+        )
+    return kept, hopeless
+
+
+def _fewest_tokens(conversation: Conversation, renderer: Renderer, enough: int) -> int:
+    """Tokens that the longest example of a row has at least, by the bytes of its texts: it holds all of them, but for
+    white space around them and for thoughts. 0 where nothing is known, or where they are few beside ``enough``."""
+    num_characters = sum(len(m.content or "") for m in conversation.messages)
+    if num_characters <= enough or not any(m.role == "assistant" and m.weight > 0 for m in conversation.messages):
+        return 0
+    texts = ((m.content or "").rpartition("</think>")[2].strip() for m in conversation.messages)
+    return sum(map(renderer.fewest.of, texts))

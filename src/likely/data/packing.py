@@ -12,12 +12,28 @@ from dataclasses import replace
 import numpy as np
 
 from likely.data.trie import build_pack, common_prefix, context_length, sort_by_prefix
-from likely.types import Example, Pack
+from likely.errors import ConfigError
+from likely.types import Example, Pack, Source
 
 # Room for a long shared prefix and what branches off it.
 DEFAULT_PACK_TOKENS = 16384
 # Enough for matrix products at full speed; a larger pack only pays where it shares more.
 ENOUGH_TOKENS = 2048
+
+
+def choose_pack_tokens(wanted: int | None, longest: int, source: Source) -> int:
+    """Trie tokens of a forward, with room for the longest example, which stands at ``source``.
+
+    Raises:
+        ConfigError: fewer are wanted than that has.
+    """
+    if wanted is not None and wanted < longest:
+        raise ConfigError(
+            f"pack_tokens {wanted} can't hold the longest example, {longest} tokens",
+            place=str(source),
+            way_out=f"use at least {longest}",
+        )
+    return wanted or default_pack_tokens(longest)
 
 
 def build_packs(examples: Sequence[Example], pack_tokens: int, *, share: bool = True) -> list[Pack]:

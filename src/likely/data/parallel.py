@@ -16,6 +16,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import TypeVar
 
@@ -23,6 +24,7 @@ from likely.errors import ResourceError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+PATIENCE = 2.0  # seconds without a result, after which the processes are looked at
 BATCHES_PER_PROCESS = 3  # one at work, one waiting, one on its way back
 
 
@@ -52,8 +54,12 @@ class Workers:
             self._end_workers()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
+    @property
+    def _processes(self) -> list[BaseProcess]:
+        return list((getattr(self._pool, "_processes", None) or {}).values())
+
     def _end_workers(self) -> None:
-        processes = list((getattr(self._pool, "_processes", None) or {}).values())
+        processes = self._processes
         for process in processes:
             process.terminate()
         for process in processes:
@@ -80,9 +86,25 @@ class Workers:
                         waiting.append(self._pool.submit(work, item))
                 if not waiting:
                     return
-                yield waiting.popleft().result()
+                yield self._result(waiting.popleft())
         except BrokenProcessPool as error:
-            raise ResourceError("a worker process died or could not start", way_out="free some memory") from error
+            raise _died() from error
+
+    def _result(self, future: Future[Result]) -> Result:
+        """A result, as long as all processes live. One that dies in the middle of writing a result leaves a part of it,
+        and the pool would wait for the rest."""
+        while True:
+            try:
+                return future.result(PATIENCE)
+            except TimeoutError:
+                if future.done():
+                    return future.result()
+                if not all(process.is_alive() for process in self._processes):
+                    raise _died() from None
+
+
+def _died() -> ResourceError:
+    return ResourceError("a worker process died or could not start", way_out="free some memory")
 
 
 @contextmanager

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from likely.data.strict_json import MAX_ROW_BYTES, Elements, parse_json
+from likely.data.strict_json import MAX_ROW_BYTES, Elements, breaks_off, parse_json
 from likely.errors import DataError
 from likely.types import Source
 
 MAX_RATIO = 250  # unpacked bytes per packed byte; text of people packs about 4:1, a bomb 1000:1
-FREE_BYTES = 64 * 2**20  # unpacked before the ratio counts: a small file of equal rows is no bomb
+FREE_BYTES = 4 * 2**20  # unpacked before the ratio counts: a small file of equal rows is no bomb
 HEAD = 512
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 OTHER_FILES = {
@@ -53,6 +53,8 @@ WIDE = {
     b"\x00{": "UTF-16",
     b"\x00[": "UTF-16",
 }
+ENDINGS = {".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"}
+MOST_NAMES, FILES_NAMED = 10_000, 3  # of a folder that are looked at, and told
 USABLE = "give JSONL, a JSON array, CSV or Parquet"
 BadRow = Callable[[DataError], None]
 
@@ -118,10 +120,21 @@ class Rows:
         except ValueError as error:  # a NUL in the name
             raise self._wrong(str(error), "check the path") from error
         if stat.S_ISDIR(mode):
-            raise self._wrong("this is a folder", "name a .jsonl file in it")
+            raise self._folder()
         if not stat.S_ISREG(mode):
             raise self._wrong("this is a pipe or a device, not an ordinary file", "save the rows to a file first")
         return Path(self.path).open("rb")
+
+    def _folder(self) -> DataError:
+        """What to say of a folder: which files of it could be meant."""
+        with os.scandir(self.path) as entries:
+            names = [entry.name for entry in itertools.islice(entries, MOST_NAMES) if entry.is_file()]
+        found = sorted(name for name in names if {*map(str.lower, Path(name).suffixes[-2:])} & ENDINGS)
+        if not found:
+            return self._wrong("this is a folder, and has no data file in it", f"{USABLE}, by the file's name")
+        named = ",".join(str(Path(self.path) / name) for name in found[:FILES_NAMED])
+        more = f" and {len(found) - FILES_NAMED:,} more" if len(found) > FILES_NAMED else ""
+        return self._wrong("this is a folder", f"name its files, with commas between them: {named}{more}")
 
     def _refuse_other_kinds(self, head: bytes) -> None:
         kind = next((name for magic, name in OTHER_FILES.items() if head.startswith(magic)), None)
@@ -149,10 +162,12 @@ class Rows:
         return self._jsonl(stream)
 
     def _jsonl(self, stream: io.BufferedReader[Any]) -> Iterator[tuple[Any, Source]]:
+        opening: tuple[DataError, Source] | None = None  # a first row that may be a whole file's beginning
+        first = True
         for line in itertools.count(1):
             raw = stream.readline(MAX_ROW_BYTES + 1)
             if not raw:
-                return
+                break
             source = Source(self.path, line)
             try:
                 raw = self._whole_line(raw, stream, line)
@@ -161,9 +176,24 @@ class Rows:
                     continue
                 row = parse_json(raw, source)
             except DataError as error:
+                if opening:
+                    raise self._one_document(opening[1]) from error
+                if first and len(raw) <= MAX_ROW_BYTES and breaks_off(raw):
+                    opening, first = (error, source), False
+                    continue
                 self._bad_row(error)
+                first = False
                 continue
+            if opening:
+                self._bad_row(opening[0])
+            opening, first = None, False
             yield row, source
+        if opening:
+            self._bad_row(opening[0])
+
+    def _one_document(self, source: Source) -> DataError:
+        message = "this is JSON over several lines, not one row a line"
+        return self._wrong(message, "write one row a line (JSONL), or one JSON array of the rows", source.line)
 
     def _whole_line(self, raw: bytes, stream: io.BufferedReader[Any], line: int) -> bytes:
         if len(raw) <= MAX_ROW_BYTES:
@@ -232,7 +262,7 @@ class Rows:
                 for row in batch.to_pylist():
                     number += 1
                     self.share_read = number / table.metadata.num_rows
-                    yield without_nulls(row), Source(self.path, number)
+                    yield of_table(row), Source(self.path, number)
         except (pyarrow.ArrowException, OSError) as error:
             text = str(error).strip().splitlines()[0]
             raise self._wrong(f"broken Parquet: {text}", "write the file again", number) from error
@@ -289,8 +319,21 @@ class _Unpacked(io.RawIOBase):
         return len(data)
 
 
+class TableRow(dict[str, Any]):
+    """A row of a table, where every key of the schema stands in every row: null means that the key is absent. ``nulls``
+    are the columns of which that is so."""
+
+    nulls: tuple[str, ...] = ()
+
+
+def of_table(row: dict[str, Any]) -> TableRow:
+    """The row without the keys that are null, however deep."""
+    found = TableRow(without_nulls(row))
+    found.nulls = tuple(key for key, value in row.items() if value is None)
+    return found
+
+
 def without_nulls(value: Any) -> Any:
-    """Parquet writes every key of a schema into every row, so null there means that the key is absent."""
     if isinstance(value, dict):
         return {key: without_nulls(v) for key, v in value.items() if v is not None}
     if isinstance(value, list):

@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from likely.data.encoding import ControlTokens, MadeOfTextError
+from likely.data.encoding import ControlTokens, FewestTokens, MadeOfTextError
 from likely.data.ending import PROBES, EndOfTurn, find_end_of_turn
 from likely.data.kept import Context, lost_of_answer
 from likely.data.template import DEFAULT_DATE, Ask, ChatTemplate
@@ -80,7 +80,7 @@ class Renderer:
             ``chat`` insists on it, ``raw`` joins them as they are.
         template_date: the date that ``strftime_now`` of a template says, YYYY-MM-DD.
 
-    ``notes`` counts the rows of which something must be said.
+    ``notes`` counts the rows of which something must be said, ``noted`` names them; both are for the caller to clear.
 
     Raises:
         ModelError: ``chat`` with a tokenizer that has no chat template.
@@ -96,6 +96,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.supervision = supervision or Supervision()
         self.notes: Counter[str] = Counter()
+        self.noted: dict[str, list[Source]] = {}
         self._use = template
         self.has_template = tokenizer.chat_template is not None and template != "raw"
         if template == "chat" and not self.has_template:
@@ -105,6 +106,8 @@ class Renderer:
         self.template = ChatTemplate(sources, tokenizer.special_tokens_map, template_date)
         self._controls = ControlTokens(tokenizer)
         self._writer = Writer(self.template, self._controls, self.notes, lambda: self.end_of_turn)
+        self.fewest = FewestTokens(tokenizer.backend_tokenizer)
+        self.control_ids = self._controls.ids  # of the tokens that are obeyed and not read, ascending
         self._num_tokens = len(tokenizer)
         self._context = Context(self.notes)
 
@@ -160,8 +163,12 @@ class Renderer:
     def _render_planned(self, conversation: Conversation, plan: tuple[Row, list[int]] | None) -> list[Example]:
         if conversation.tokens is not None:
             return [self._render_tokens(conversation)]
+        before = self.notes.copy()
         try:
-            return self._as_text(plan or self._plan(conversation), self._render)
+            examples = self._as_text(plan or self._plan(conversation), self._render)
+            for note in self.notes - before:
+                self.noted.setdefault(note, []).append(conversation.source)
+            return examples
         except RecursionError as error:
             way_out = "flatten its tools or fields"
             raise DataError("nested too deeply", place=str(conversation.source), way_out=way_out) from error

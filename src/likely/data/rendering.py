@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 from likely.data.formats import ReadOptions, Rejected
-from likely.data.lengths import LengthCounts, OnTooLong, fit
+from likely.data.lengths import LengthCounts, OnTooLong, fit, without_hopeless
 from likely.data.proof import prove_stops
 from likely.data.render import Renderer, Supervision, TemplateUse, load_tokenizer
 from likely.data.rows import Batch, Parsed, parse_batch
@@ -89,8 +90,24 @@ def render_batch(job: Job, renderer: Renderer, batch: Batch) -> Rendered:
     be left out."""
     conversations, parsed = parse_batch(job.options, batch)
     done = Rendered(batch.part, batch.share_read, parsed, {})
-    bad = list(parsed.bad)
+    _render(job, renderer, conversations, batch.path, done)
+    return done
+
+
+def render_conversations(
+    job: Job, renderer: Renderer, conversations: Sequence[Conversation], part: int, path: str
+) -> Rendered:
+    """:func:`render_batch` of rows of one file that were parsed before."""
+    done = Rendered(part, 1.0, Parsed(len(conversations), len(conversations)), {})
+    _render(job, renderer, conversations, path, done)
+    return done
+
+
+def _render(job: Job, renderer: Renderer, conversations: Sequence[Conversation], path: str, done: Rendered) -> None:
+    conversations, hopeless = without_hopeless(conversations, renderer, job.max_length, job.on_too_long)
+    bad = [*done.parsed.bad, *hopeless]
     renderer.notes.clear()
+    renderer.noted.clear()
     kept: list[Conversation] = []
     examples: list[Example] = []
     row_N: list[int] = []
@@ -112,10 +129,9 @@ def render_batch(job: Job, renderer: Renderer, batch: Batch) -> Rendered:
     bad.sort(key=_line)
     if bad and not job.options.skip_bad_rows:
         done.stop = bad[0]
-    done.rejected = [Rejected(batch.path, _line(e), f"{e.message}; {e.way_out}") for e in bad]
+    done.rejected = [Rejected(path, _line(e), f"{e.message}; {e.way_out}") for e in bad]
     done.num_rows = len(kept)
-    done.columns = columns_of(batch.part, kept, examples, row_N)
-    return done
+    done.columns = columns_of(done.part, kept, examples, row_N)
 
 
 def _line(error: DataError) -> int:

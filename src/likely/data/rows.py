@@ -24,6 +24,7 @@ from likely.data.formats import MAX_KEYS_TOLD, WRITE, Reading, ReadOptions
 from likely.data.hub import HubRows, rows_of
 from likely.data.mixture import choose_rows, parse_parts
 from likely.data.parallel import in_batches
+from likely.data.reading import Rows
 from likely.errors import DataError
 from likely.types import Conversation, IntArray, Source
 
@@ -134,7 +135,7 @@ class Intake:
         sizes = []
         for rows in self._rows:
             if isinstance(rows, HubRows):
-                sizes.append(rows.find()[1])
+                sizes.append(rows.num_bytes)
             else:
                 sizes.append(os.path.getsize(rows.path) if _is_file(rows.path) else 0)  # noqa: PTH202
         return sizes
@@ -145,27 +146,16 @@ class Intake:
         return sum(self._sizes)
 
     def contents(self) -> list[str] | None:
-        """What names the content of each file, to be known before it is read: the SHA-256 of its bytes, or the hub's
-        fingerprint. None where a file can't be read, which its reader will say better, or has no fingerprint."""
-        names = []
-        for rows in self._rows:
-            if isinstance(rows, HubRows):
-                name = rows.find()[0]
-                if name is None:
-                    return None
-                names.append(f"fingerprint {name}")
-            elif not _is_file(rows.path):
-                return None
-            else:
-                names.append(storage.hash_file(Path(rows.path)))
-        return names
+        """What names the content of each file, to be known before it is read: the SHA-256 of its bytes. None where a
+        file can't be read, which its reader will say better, or is a data set of the hub, whose package has no public
+        name for a content."""
+        if not all(isinstance(rows, Rows) and _is_file(rows.path) for rows in self._rows):
+            return None
+        return [storage.hash_file(Path(rows.path)) for rows in self._rows]
 
     def contents_read(self) -> list[str]:
         """:meth:`contents` of what was read, which may have been changed since that was asked for."""
-        return [
-            f"fingerprint {rows.find()[0]}" if isinstance(rows, HubRows) else sha256
-            for rows, sha256 in zip(self._rows, self.hashes, strict=True)
-        ]
+        return list(self.hashes)
 
     @property
     def is_mix(self) -> bool:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import groupby
 
 import numpy as np
 
-from likely.data.dataset import Dataset, Request
+from likely.data.dataset import Dataset, Request, too_long
 from likely.data.families import RowKeys, families, split_groups
-from likely.data.lengths import LengthCounts, fit
-from likely.data.table import Collected, Table, columns_of
+from likely.data.formats import Rejected
+from likely.data.parallel import in_batches
+from likely.data.rendering import render_conversations
+from likely.data.rows import BATCH_ROWS
+from likely.data.table import Collected, Table
 from likely.errors import DataError
-from likely.types import IntArray
+from likely.types import Conversation, IntArray
 
 SHARE = 0.05  # held out unasked
 MOST_GROUPS = 500  # held out unasked
 FEWEST_GROUPS = 100  # of which some are held out unasked
+WAY_OUT = "give --eval-data, or leave out --eval-share"
 MOST_ROWS = 2_000_000  # beyond which comparing all of them takes minutes
 
 
@@ -30,6 +36,16 @@ def groups_unasked(keys: RowKeys) -> IntArray:
     return families(keys) if FEWEST_GROUPS <= len(keys.contents) <= MOST_ROWS else np.empty(0, np.int64)
 
 
+def none_held_out(error: ValueError) -> str:
+    """What is wrong where the rows are one group."""
+    return f"no rows can be held out: {error}"
+
+
+def one_side_empty(num_training: int, num_held_out: int) -> str:
+    """What is wrong where a side of the split teaches nothing."""
+    return f"{num_training} rows to train on and {num_held_out} held out, and one side has no weight"
+
+
 def hold_out(dataset: Dataset, share: float | None, seed: int, judge: Request) -> tuple[Dataset, Dataset | None, float]:
     """A data set's examples -> those to train on and those to be judged by, and the share that was used.
 
@@ -40,7 +56,7 @@ def hold_out(dataset: Dataset, share: float | None, seed: int, judge: Request) -
 
     Raises:
         DataError: nothing can be held out, or nothing in the held-out rows is an answer with weight, though it was
-            asked for.
+            asked for; or a held-out row can't be judged, or is too long.
     """
     keys = dataset.table.keys
     groups = groups_unasked(keys) if share is None else families(keys)
@@ -50,14 +66,13 @@ def hold_out(dataset: Dataset, share: float | None, seed: int, judge: Request) -
     try:
         train, held_out = split_groups(groups, keys, used, seed)
     except ValueError as error:
-        message = f"no rows can be held out: {error}"
-        raise DataError(message, place=dataset.path, way_out="give --eval-data, or leave out --eval-share") from error
+        raise DataError(none_held_out(error), place=dataset.path, way_out=WAY_OUT) from error
     training = replace(dataset, table=dataset.table.select(train), num_unweighted=0)
     judged = _judged(dataset, held_out, judge)
     if not len(training.examples) or not len(judged.examples):
         if share is None:
             return dataset, None, 0.0
-        message = f"{len(train)} rows to train on and {len(held_out)} held out, and one side has no weight"
+        message = one_side_empty(len(train), len(held_out))
         raise DataError(message, place=dataset.path, way_out="give --eval-data, or another --eval-share")
     return training, judged, used
 
@@ -72,13 +87,31 @@ def told_of_split(data: Dataset, eval_data: Dataset | None, *, asked: bool) -> s
 
 
 def _judged(dataset: Dataset, rows: IntArray, judge: Request) -> Dataset:
-    """Some rows, rendered anew within their length, without the examples that have no weight."""
+    """Some rows, rendered anew within their length, without the examples that have no weight.
+
+    Raises:
+        DataError: a row can't be judged and such rows are not to be left out, or is too long and none may be.
+    """
     chosen = dataset.table.select(rows)
-    collected = Collected()
-    for conversation in chosen.conversations:
-        rendered = judge.renderer.render(conversation)
-        fitted = (fit(e, judge.max_length, judge.on_too_long, LengthCounts()) for e in rendered)
-        examples = [example for example in fitted if example and example.weights_T.any()]
-        part = dataset.table.paths.index(conversation.source.file)
-        collected.add(columns_of(part, [conversation], examples, [0] * len(examples)))
-    return replace(dataset, table=Table(collected.arrays(), dataset.table.paths), num_unweighted=0)
+    collected, rejected, over = Collected(), list[Rejected](), list[int]()
+    first, num_weighted = None, 0
+    for path, conversations in _by_file(chosen.conversations):
+        done = render_conversations(judge.job(), judge.renderer, conversations, dataset.table.paths.index(path), path)
+        if done.stop:
+            raise done.stop
+        collected.add(done.columns)
+        rejected += done.rejected
+        first = first or done.first_too_long
+        over += done.too_long
+        num_weighted += done.num_examples - done.num_unweighted
+    if first:
+        raise too_long(first, over[0], len(over), max(over), num_weighted, judge)
+    table = Table(collected.arrays(), dataset.table.paths)
+    return replace(dataset, table=table, num_unweighted=0, rejected=tuple(rejected))
+
+
+def _by_file(conversations: Iterable[Conversation]) -> Iterator[tuple[str, list[Conversation]]]:
+    """Rows in batches of one file each, in order."""
+    for path, of_file in groupby(conversations, lambda conversation: conversation.source.file):
+        for batch in in_batches(of_file, BATCH_ROWS):
+            yield path, batch

@@ -113,9 +113,7 @@ def parse_json(raw: bytes, source: Source) -> Any:
         raise wrong(f"not UTF-8 at byte {error.start} of the line", "save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         hint = {}
-        if source.line == 1 and raw.strip() == b"{":
-            hint = {"way_out": "this looks like one JSON document: write one row a line instead"}
-        elif b"\r" in raw.rstrip(b"\r\n"):
+        if b"\r" in raw.rstrip(b"\r\n"):
             hint = {"way_out": "end lines with LF: here several rows stand between bare carriage returns"}
         raise wrong(f"broken JSON at column {error.pos + 1}: {error.msg}", **hint) from error
     except ValueError as error:
@@ -123,6 +121,17 @@ def parse_json(raw: bytes, source: Source) -> Any:
     except RecursionError as error:
         raise wrong("broken JSON: nested too deeply") from error
     return _refuse_half_characters(row, text, source)
+
+
+def breaks_off(raw: bytes) -> bool:
+    """Whether a line is the beginning of a JSON object or array that goes on behind it."""
+    try:
+        json.loads(raw.decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        return raw.lstrip()[:1] in b"{[" and not error.doc[error.pos :].strip()
+    except (ValueError, RecursionError):
+        return False
+    return False
 
 
 def _refuse_half_characters(row: Any, text: str, source: Source) -> Any:

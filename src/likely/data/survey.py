@@ -16,13 +16,14 @@ import numpy as np
 
 from likely.data.audit import Finding, answers_of, find_in_row, prompt_of
 from likely.data.duplicates import digests, hash_of, to_signatures
-from likely.data.families import RowKeys, beginning_of, turn_hashes
+from likely.data.families import RowKeys, beginning_of, content_of
 from likely.data.formats import ReadOptions
 from likely.data.language import LANGUAGES, language_of
-from likely.data.lengths import LengthCounts, OnTooLong, fit
+from likely.data.lengths import LengthCounts, OnTooLong, fit, without_hopeless
 from likely.data.proof import count_stops, count_turns, is_text, leading, prove_stops, stop_id_of
 from likely.data.render import Renderer
 from likely.data.rows import Batch, Parsed, parse_batch
+from likely.data.taught import Taught, answers_hash, combined
 from likely.errors import DataError
 from likely.types import ROLES, Conversation, Example, IntArray
 
@@ -33,11 +34,13 @@ SIGNATURES = ("row", "prompt", "answer")
 @dataclass
 class Facts:
     """A batch, or all batches, of the files ``paths``. Suffixes of arrays: R rows that could be read, M examples of the
-    rows that could be rendered, K trained assistant turns. Rows are named as ``file:line``."""
+    rows that could be rendered, K answers and F pieces of them (:mod:`likely.data.taught`). Rows are named as
+    ``file:line``."""
 
     paths: tuple[str, ...] = ()
     num_plain: int = 0
     notes: Counter[str] = field(default_factory=Counter)  # rows of whose rendering something must be said
+    noted: dict[str, dict[str, str]] = field(default_factory=dict)  # the first of them, by note
     refused: dict[str, str] = field(default_factory=dict)  # row -> why it can't be trained on
     found: dict[str, dict[str, str]] = field(default_factory=dict)  # kind -> row -> detail
     counts: Counter[str] = field(default_factory=Counter)  # of refused rows and of findings by kind
@@ -46,6 +49,7 @@ class Facts:
     turns: int = 0
     prompts: int = 0  # of turns that answer one
     stops: int = 0
+    largest_token: int = 0
     seconds: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Facts) -> None:
@@ -54,13 +58,15 @@ class Facts:
         self.turns += other.turns
         self.prompts += other.prompts
         self.stops += other.stops
+        self.largest_token = max(self.largest_token, other.largest_token)
         self.tokens = self.tokens + other.tokens
         self.notes.update(other.notes)
         self.counts.update(other.counts)
         self.seconds.update(other.seconds)
         _keep(self.refused, other.refused)
-        for kind, rows in other.found.items():
-            _keep(self.found.setdefault(kind, {}), rows)
+        for mine, theirs in ((self.found, other.found), (self.noted, other.noted)):
+            for kind, rows in theirs.items():
+                _keep(mine.setdefault(kind, {}), rows)
         # Examples know their row by its place in the batch.
         offset = sum(map(len, self.arrays.get("line_R", [])))
         for name, parts in other.arrays.items():
@@ -105,7 +111,7 @@ class Facts:
     def rows_rendered(self) -> tuple[IntArray, RowKeys]:
         """The rows that could be rendered, and their keys for a split."""
         rows = np.unique(self.array("row_of_M"))
-        keys = RowKeys(*(self.array(name)[rows] for name in ("row_sign_R", "beginning_R", "whole_R")))
+        keys = RowKeys(*(self.array(name)[rows] for name in ("row_sign_R", "beginning_R", "content_R")))
         return rows.astype(np.int64), keys
 
 
@@ -133,23 +139,28 @@ class Surveyor:
     renderer: Renderer
     max_length: int
     options: ReadOptions = field(default_factory=ReadOptions)
+    on_too_long: OnTooLong = "error"
 
     def survey(self, batch: Batch, *, separately: bool) -> Surveyed:
         """The facts of a batch. ``separately`` keeps signatures of prompts and answers too, not only of whole rows."""
         facts = Facts()
         clock = _Clock(facts.seconds)
         with clock("parsing"):
-            conversations, parsed = parse_batch(self.options, batch)
+            every, parsed = parse_batch(self.options, batch)
+            conversations, hopeless = without_hopeless(every, self.renderer, self.max_length, self.on_too_long)
         with clock("rendering and proof"):
             rendered, refused = self._render(conversations)
             facts.notes.update(self.renderer.notes)
+            facts.noted = {note: {str(source): "" for source in rows} for note, rows in self.renderer.noted.items()}
         facts.num_plain = sum(c.plain and not is_text(c) for c in conversations)
-        for error in sorted([*parsed.bad, *refused], key=_line):
+        for error in sorted([*parsed.bad, *hopeless, *refused], key=_line):
             facts.refuse(error)
         with clock("counting"):
             self._count(conversations, rendered, facts)
         with clock("audit"):
             _audit(conversations, facts)
+        with clock("what is taught"):
+            _teach(conversations, rendered, self.renderer.control_ids, facts)
         with clock("duplicates"):
             _sign(conversations, facts, separately)
         facts.arrays["file_R"] = [np.full(len(conversations), batch.part, np.int32)]
@@ -169,6 +180,7 @@ class Surveyor:
     def _render(self, conversations: Sequence[Conversation]) -> tuple[list[list[Example]], list[DataError]]:
         rendered: list[list[Example]] = []
         self.renderer.notes.clear()
+        self.renderer.noted.clear()
         refused = []
         for conversation, examples in zip(conversations, self.renderer.render_many(conversations), strict=True):
             try:
@@ -194,6 +206,7 @@ class Surveyor:
             for example in examples:
                 trained = np.flatnonzero(example.weights_T)
                 length = len(example.token_ids_T)
+                facts.largest_token = max(facts.largest_token, int(example.token_ids_T.max(initial=0)))
                 kept = self._kept(example) if length > self.max_length else (-1, -1, 0)
                 last = int(trained[-1]) if len(trained) else 0
                 rows.append((row, length, len(trained), last, leading(example, bos), *kept))
@@ -226,36 +239,42 @@ class _Clock:
 
 def _audit(conversations: Sequence[Conversation], facts: Facts) -> None:
     languages, lines = [], []
-    prompts, answers, wholes, sizes, beginnings = [], [], [], [], []
-    turns: list[tuple[int, int, int, float]] = []
-    for row, conversation in enumerate(conversations):
+    prompts, sizes, beginnings, contents = [], [], [], []
+    for conversation in conversations:
         for finding in find_in_row(conversation):
             _note(facts, finding, str(conversation.source))
         answer = answers_of(conversation)
         lines.append(conversation.source.line)
         languages.append(LANGUAGES.index(language_of(answer)))
         prompts.append(hash_of(prompt_of(conversation).strip()))
-        answers.append(hash_of(answer.strip()))
         sizes.append(len(answer))
         beginnings.append(beginning_of(conversation))
-        whole, own = turn_hashes(conversation)
-        wholes.append(whole)
-        if is_text(conversation):
-            own = []  # texts answer nothing, so two of them are no two answers
-        turns += [(row, context, said, weight) for context, said, weight in own]
+        contents.append(content_of(conversation))
     facts.arrays |= {
         "line_R": [np.array(lines, np.int64)],
         "language_R": [np.array(languages, np.int8)],
         "prompt_R": [np.array(prompts, np.uint64)],
-        "answer_R": [np.array(answers, np.uint64)],
-        "whole_R": [np.array(wholes, np.uint64)],
+        "content_R": [np.array(contents, np.uint64)],
         "beginning_R": [np.array(beginnings, np.uint64)],
         "size_R": [np.array(sizes, np.int32)],
-        "row_of_K": [np.array([t[0] for t in turns], np.int32)],
-        "context_K": [np.array([t[1] for t in turns], np.uint64)],
-        "said_K": [np.array([t[2] for t in turns], np.uint64)],
-        "weight_K": [np.array([t[3] for t in turns], np.float64)],
     }
+
+
+def _teach(
+    conversations: Sequence[Conversation], rendered: Sequence[list[Example]], control_ids: IntArray, facts: Facts
+) -> None:
+    """What the tokens of the rows teach; a row that can't be rendered is like no other."""
+    taught = Taught()
+    wholes, answers = [], []
+    for row, (conversation, examples) in enumerate(zip(conversations, rendered, strict=True)):
+        num_examples, num_answers = len(taught.ids_M), len(taught.said_K)
+        taught.add(row, examples, control_ids)
+        answers.append(answers_hash(taught.said_K[num_answers:]))
+        wholes.append(combined(taught.ids_M[num_examples:]) if examples else hash_of(str(conversation.source)))
+        if is_text(conversation):  # texts answer nothing, so two of them are no two answers
+            del taught.row_of_K[num_answers:], taught.context_K[num_answers:], taught.said_K[num_answers:]
+    facts.arrays |= {name: [column] for name, column in taught.arrays().items()}
+    facts.arrays |= {"whole_R": [np.array(wholes, np.uint64)], "answer_R": [np.array(answers, np.uint64)]}
 
 
 def _line(error: DataError) -> int:

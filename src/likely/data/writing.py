@@ -304,6 +304,10 @@ class Row:
         """The longest text, as the template writes it where there are no tools."""
         return self._ask(self.spoken, (), [self.first])[0]
 
+    def may_join(self, content: str) -> bool:
+        """Whether a content could make a control token together with what stands around it."""
+        return self._writer.controls.may_join(content)
+
     def num_controls(self, text: str) -> int:
         """Control tokens that a text of the template spells."""
         return len(self._writer.controls.pattern.findall(text))

@@ -90,16 +90,22 @@ def over_length(facts: Facts, max_length: int) -> dict[str, Any]:
 def wrongs(proof: dict[str, Any], *, on_bad_row: str = "error", on_too_long: str = "error") -> list[str]:
     """Why training would be wrong or is refused; empty where it may go on. What the user chose to leave out or to cut
     is no reason."""
+    found = refusals(proof, on_bad_row, on_too_long)
+    if proof["stop_tokens_trained"] != proof["assistant_turns"]:
+        found.append(f"{proof['assistant_turns'] - proof['stop_tokens_trained']} turns are trained without their end")
+    if not proof["tokens"]["trained"]:
+        found.append("nothing is trained")
+    return found
+
+
+def refusals(proof: dict[str, Any], on_bad_row: str, on_too_long: str) -> list[str]:
+    """Rows that a training refuses."""
     found = []
     if proof["refused"]["rows"] and on_bad_row == "error":
         found.append(f"{proof['refused']['rows']} rows are refused")
     over = proof["over_length"]
     if over["examples"] and on_too_long == "error":
         found.append(f"{over['examples']} examples are over the limit of {over['limit']} tokens")
-    if proof["stop_tokens_trained"] != proof["assistant_turns"]:
-        found.append(f"{proof['assistant_turns'] - proof['stop_tokens_trained']} turns are trained without their end")
-    if not proof["tokens"]["trained"]:
-        found.append("nothing is trained")
     return found
 
 
@@ -148,33 +154,35 @@ def audit(facts: Facts, held_out: Facts | None = None) -> dict[str, Table]:
 
 
 def likelihood_floor(facts: Facts) -> dict[str, float]:
-    """What no model can go below on this data: where one context has several answers, with weights w of W in all, their
-    likelihood is at best that of drawing them in proportion, ``sum w log(W / w)`` nats (Gibbs' inequality)."""
-    nats, weight = _answer_entropy(facts), float(facts.tokens[:, 2].sum())
+    """What no model can go below on this data: where one context has several next tokens, with weights w of W in all,
+    their likelihood is at best that of drawing them in proportion, ``sum w log(W / w)`` nats (Gibbs' inequality)."""
+    nats, weight = _next_token_entropy(facts), float(facts.tokens[:, 2].sum())
     return {"nats": nats, "nats_per_token": nats / weight if weight else 0.0}
 
 
-def _answer_entropy(facts: Facts) -> float:
-    _, context, pair = _contexts(facts)
-    weight_K = facts.array("weight_K")
-    if not len(weight_K):
+def _next_token_entropy(facts: Facts) -> float:
+    """In nats, of the pieces that :mod:`likely.data.taught` makes of the rendered examples."""
+    weight_F = facts.array("weight_F")
+    if not len(weight_F):
         return 0.0
-    pair_weight = np.bincount(pair, weights=weight_K)
-    context_weight = np.bincount(context, weights=weight_K)
-    return float((weight_K * np.log(context_weight[context] / pair_weight[pair])).sum())
+    _, context, pair = _contexts(facts.array("context_F"), facts.array("said_F"))
+    pair_weight = np.bincount(pair, weights=weight_F)
+    context_weight = np.bincount(context, weights=weight_F)
+    return float((weight_F * np.log(context_weight[context] / pair_weight[pair])).sum())
 
 
-def _contexts(facts: Facts) -> tuple[Any, Any, Any]:
-    """For each trained turn: how many different answers its context has, the context's number, the answer's number."""
-    context = np.unique(facts.array("context_K"), return_inverse=True)[1]
-    said = np.unique(facts.array("said_K"), return_inverse=True)[1]
-    pair_keys, pair = np.unique(context.astype(np.int64) * (len(said) + 1) + said, return_inverse=True)
-    different = np.bincount(pair_keys // (len(said) + 1), minlength=int(context.max(initial=-1)) + 1)
+def _contexts(contexts: Any, said: Any) -> tuple[Any, Any, Any]:
+    """For each of some things said in some contexts: how many different things are said in its context, the context's
+    number, the pair's number."""
+    context = np.unique(contexts, return_inverse=True)[1]
+    number = np.unique(said, return_inverse=True)[1]
+    pair_keys, pair = np.unique(context.astype(np.int64) * (len(number) + 1) + number, return_inverse=True)
+    different = np.bincount(pair_keys // (len(number) + 1), minlength=int(context.max(initial=-1)) + 1)
     return different[context] if len(context) else different, context, pair
 
 
 def _several_answers(facts: Facts) -> Table:
-    different_K, context, _ = _contexts(facts)
+    different_K, context, _ = _contexts(facts.array("context_K"), facts.array("said_K"))
     several = np.flatnonzero(different_K > 1)
     own = facts.array("row_of_K")[several] if len(several) else several
     order = np.lexsort((own, context[several], -different_K[several]))[:MOST_LISTED] if len(several) else several
@@ -216,16 +224,11 @@ def _share(a: Any, b: Any) -> str:
 
 def _overlap(facts: Facts, held_out: Facts) -> list[Table]:
     tables = []
-    for what, exact in (("row", "whole_R"), ("prompt", "prompt_R"), ("answer", "answer_R")):
-        ours, theirs = facts.array(exact), held_out.array(exact)
-        keys, first = np.unique(ours, return_index=True)
-        at = np.searchsorted(keys, theirs).clip(max=max(len(keys) - 1, 0))
-        same = np.flatnonzero(keys[at] == theirs) if len(keys) else at
-        without = np.flatnonzero(theirs == hash_of("")) if what == "prompt" else same[:0]
-        same = np.setdiff1d(same, without)  # rows of bare text have no prompt to share
+    for what in ("row", "prompt", "answer"):
+        same, like, without = _same_rows(facts, held_out, what)
         rows = [
-            (held_out.source(i), f"the same as training {facts.named(first[at[i]])}")
-            for i in same[:MOST_LISTED].tolist()
+            (held_out.source(i), f"the same as training {facts.named(j)}")
+            for i, j in zip(same[:MOST_LISTED].tolist(), like[:MOST_LISTED].tolist(), strict=True)
         ]
         advice = "remove them from one of the two: the held-out score would measure memory"
         tables.append(Table(f"held-out {what} in training data", len(same), advice, tuple(rows)))
@@ -235,6 +238,28 @@ def _overlap(facts: Facts, held_out: Facts) -> list[Table]:
         ]
         tables.append(Table(f"held-out {what} nearly in training data", len(near), "look at them", tuple(near_rows)))
     return tables
+
+
+def _same_rows(facts: Facts, held_out: Facts, what: str) -> tuple[Any, Any, Any]:
+    """Held-out rows whose row, prompt or answer is that of a training row; these; and held-out rows that have none.
+
+    A row is known by its last example, which tells all of it: other settings may train on fewer of its turns."""
+    if what == "row":
+        ours, rows = facts.array("ids_M"), facts.array("row_of_M")
+        theirs, own = held_out.array("ids_M"), held_out.array("row_of_M")
+        last = np.flatnonzero(np.append(own[1:] != own[:-1], True)) if len(own) else own
+        theirs, own = theirs[last], own[last]
+    else:
+        ours, theirs = facts.array(f"{what}_R"), held_out.array(f"{what}_R")
+        rows, own = np.arange(len(ours)), np.arange(len(theirs))
+    keys, first = np.unique(ours, return_index=True)
+    at = np.searchsorted(keys, theirs).clip(max=max(len(keys) - 1, 0))
+    same = np.flatnonzero(keys[at] == theirs) if len(keys) else at[:0]
+    # Rows of bare text have no prompt to share, and those that can't be rendered no answer.
+    nothing = {"row": None, "prompt": hash_of(""), "answer": 0}[what]
+    without = np.flatnonzero(theirs == nothing) if nothing is not None else same[:0]
+    same = np.setdiff1d(same, without)
+    return own[same], rows[first[at[same]]], own[without]
 
 
 def _near_overlap(facts: Facts, held_out: Facts, name: str, known: set[int]) -> list[tuple[int, int, str]]:

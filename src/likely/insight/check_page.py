@@ -20,7 +20,13 @@ def to_text(result: dict[str, Any], *, colour: bool) -> str:
     """The report for a terminal. Trained text is green where there is colour, and in brackets where there is none."""
     parts = [_shown(example, colour) for example in result["shown"]]
     if "proof" in result:
-        parts += [_data(result), _proof(result["proof"]), _cost(result["cost"]), _audit(result)]
+        parts += [
+            _data(result),
+            _proof(result["proof"]),
+            _held_out(result["eval_proof"]),
+            _cost(result["cost"]),
+            _audit(result),
+        ]
         parts.append(result["verdict"])
     return "\n\n".join(filter(None, parts))
 
@@ -59,7 +65,10 @@ def _data(result: dict[str, Any]) -> str:
     if len(data["files"]) > 1:
         lines.append(f"together: {data['rows']:,} rows, {data['examples']:,} examples to train on")
     own = {note for file in data["files"] for note in file["notes"]}
-    lines += [f"  {count:,} {printable(note)}" for note, count in data["notes"].items() if note not in own]
+    for note, count in data["notes"].items():
+        if note not in own:
+            rows = [printable(row) for row in data["noted"].get(note, [])[:ROWS_TOLD]]
+            lines.append(f"  {count:,} {printable(note)}{': ' * bool(rows)}{', '.join(rows)}")
     if result["held_out_rows"]:
         lines.append(f"  {result['held_out_rows']:,} of these rows would be held out, to score the model (eval_share)")
     return "\n".join(lines)
@@ -87,10 +96,23 @@ def _proof(proof: dict[str, Any]) -> str:
         for policy in ("drop", "truncate_right", "truncate_left"):
             told = ", ".join(f"{key.replace('_', ' ')} {value:,}" for key, value in over["policies"][policy].items())
             lines.append(f"    {policy}: {told}")
+        lines += _listed(over["listed"])
     lines.append(f"  rows refused {proof['refused']['rows']:,}")
-    listed = list(proof["refused"]["listed"].items())[:ROWS_TOLD]
-    lines += [f"    {printable(row)}: {printable(why)}" for row, why in listed]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_listed(proof["refused"]["listed"])])
+
+
+def _listed(rows: dict[str, str]) -> list[str]:
+    return [f"    {printable(row)}: {printable(why)}" for row, why in list(rows.items())[:ROWS_TOLD]]
+
+
+def _held_out(proof: dict[str, Any] | None) -> str:
+    """What is wrong with the rows that a model would be judged by."""
+    if not proof or not (proof["refused"]["rows"] or proof["over_length"]["examples"]):
+        return ""
+    over = proof["over_length"]
+    lines = [f"Held-out data: {proof['refused']['rows']:,} rows refused", *_listed(proof["refused"]["listed"])]
+    lines.append(f"  examples over {over['limit']:,} tokens {over['examples']:,}")
+    return "\n".join([*lines, *_listed(over["listed"])])
 
 
 def _equal(proof: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import unicodedata
 import warnings
@@ -48,6 +49,8 @@ def draw_svg(draw: Any, content: Any, *, name: str = "", label: str = "", height
         label: what is read aloud in its place.
         height: inches beside a width of 7.2.
     """
+    # Where it can't keep its list of fonts is no matter of the user's.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     from matplotlib import style  # noqa: PLC0415  (a second of start-up that only a report needs)
     from matplotlib.figure import Figure  # noqa: PLC0415
 
