@@ -94,8 +94,11 @@ class Rows:
                     return
                 if suffixes[-1:] == [".parquet"]:
                     raise self._wrong("named .parquet, but it does not begin as Parquet files do", USABLE)
+                packing = _packing(head)
+                if packing:
+                    self._refuse_bomb(file, packing)
                 hashed = _Hashed(file)
-                for row in self._stream(hashed, _packing(head), suffixes):
+                for row in self._stream(hashed, packing, suffixes):
                     self.share_read = min(hashed.num_bytes / size, 1.0)
                     yield row
                 while hashed.read(1 << 20):
@@ -145,6 +148,14 @@ class Rows:
         wide = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
         if wide:
             raise self._wrong(f"this is {wide}, not UTF-8", "save the file as UTF-8", line=1)
+
+    def _refuse_bomb(self, file: BinaryIO, packing: str) -> None:
+        """Look at the beginning of a packed file before any of its rows, each of which may take a while."""
+        begun = _Unpacked(_Hashed(file), packing, self._wrong)
+        left = 2 * FREE_BYTES
+        while left > 0 and (data := begun.read(1 << 20)):
+            left -= len(data)
+        file.seek(0)
 
     def _stream(self, hashed: _Hashed, packing: str | None, suffixes: list[str]) -> Iterator[tuple[Any, Source]]:
         raw: Any = _Unpacked(hashed, packing, self._wrong) if packing else hashed
