@@ -152,7 +152,7 @@ class Rows:
     def _refuse_bomb(self, file: BinaryIO, packing: str) -> None:
         """Look at the beginning of a packed file before any of its rows, each of which may take a while."""
         begun = _Unpacked(_Hashed(file), packing, self._wrong)
-        left = 2 * FREE_BYTES
+        left = 8 * FREE_BYTES
         while left > 0 and (data := begun.read(1 << 20)):
             left -= len(data)
         file.seek(0)
