@@ -68,22 +68,40 @@ def test_questions_quote_messages_of_the_code() -> None:
         assert message.partition(" {")[0] in source, message
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if importlib.util.find_spec("mkdocs") is None:
-        pytest.skip("mkdocs is not installed")
-    folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
-        cwd=ROOT,
+def build_site(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=source,
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
         timeout=120,
     )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("mkdocs") is None:
+        pytest.skip("mkdocs is not installed")
+    folder = tmp_path_factory.mktemp("site")
+    done = build_site(ROOT, folder)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="mkdocs is not installed")
+def test_a_broken_link_is_refused(tmp_path: Path) -> None:
+    """``--quiet`` would hide the warning from ``--strict`` too."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[gone](gone.md)\n", encoding="utf-8")
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    validation = settings[settings.index("validation:") : settings.index("nav:\n  - index")]
+    (tmp_path / "mkdocs.yml").write_text(f"site_name: s\n{validation}", encoding="utf-8")
+    done = build_site(tmp_path, tmp_path / "site")
+    assert done.returncode == 1
+    assert "gone.md" in done.stderr
+    assert "mkdocs build --strict\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 def test_the_site_has_every_setting_verb_and_page(site: Path) -> None:
@@ -94,7 +112,7 @@ def test_the_site_has_every_setting_verb_and_page(site: Path) -> None:
     assert [name for name in named if f">likely {name}<" not in verbs] == []
     assert "--batch-size" in verbs
     for page in DOCS.rglob("*.md"):
-        assert page.name == "log.md" or (site / page.relative_to(DOCS).with_suffix(".html")).is_file(), page
+        assert (site / page.relative_to(DOCS).with_suffix(".html")).is_file(), page
 
 
 def test_the_site_asks_no_other_server(site: Path) -> None:

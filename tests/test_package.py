@@ -17,7 +17,7 @@ import likely
 ROOT = Path(__file__).parent.parent
 MAX_BYTES = 5_000_000
 # What a program reads, a person reads, or a type checker looks for. Anything else is there by mistake.
-SUFFIXES = {".py", ".typed", ".md", ".jsonl", ".j2", ".html", ".css", ".js", ".svg", ".txt"}
+SUFFIXES = {".py", ".typed", ".md", ".jsonl", ".j2", ".html", ".css", ".js", ".svg", ".txt", "LICENSE"}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: tuple[Path, Path]) 
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert names == source
-    assert {Path(name).suffix for name in names} <= SUFFIXES
+    assert {Path(name).suffix or Path(name).name for name in names} <= SUFFIXES
     assert {"likely/py.typed", "likely/demo/train.jsonl", "likely/insight/templates/report.html.j2"} <= names
 
 
