@@ -190,7 +190,9 @@ def published(config: dict[str, Any], origins: dict[str, Any], place: Place) -> 
         "adapter": config["tune"] != "full",
         "has_template": origins["template_sha256"] is not None and config["template"] != "raw",
         "supervised": origins["supervised"],
-        "settings": {key: config[key] for key in TOLD if config[key] is not None},
+        "settings": {
+            key: config[key] for key in TOLD if config[key] is not None and (key != "epochs" or not config["steps"])
+        },
         "versions": origins["versions"],
     }
 

@@ -181,8 +181,8 @@ def _draw_calibration(figure: Any, states: Any) -> None:
             axes.plot(x, y, color=colour, marker=marker, linestyle=line, linewidth=1.5, label=state, gid=state)
     axes.set_xlabel("mean probability of the model's first choice")
     axes.set_ylabel("share that is right")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.02)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(0, 1.03)
     axes.grid(color=GRID, linewidth=0.5)
     axes.legend()
 
