@@ -137,7 +137,9 @@ FILTERS = [
 def test_pages_are_the_naive_order_forward_and_back(
     table: Table, records: list[dict[str, Any]], wanted: Filter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "BLOCK", 37)  # so that pages cross blocks, and rare texts are looked for in all rows
+    monkeypatch.setattr(tables, "BLOCK", 37)  # so that pages cross blocks
+    monkeypatch.setattr(tables, "MOST_TRIED", 90)  # and rare texts are looked for in all rows
+    monkeypatch.setattr(tables, "TRIED_AT_ONCE", 20)
     for key, descending in itertools.product((*SORTED, "id"), (False, True)):
         expected = naive_rows(records, wanted, key, descending)
         cursor, pages = None, []

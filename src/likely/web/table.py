@@ -17,7 +17,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ import numpy.typing as npt
 from likely.types import ROLES
 from likely.web.index import INTEGERS, NUMBERS, SEPARATOR, SORTED, fold
 
-BLOCK = 20_000  # rows of an order that are tried at once
+BLOCK = 20_000  # rows of an order that are looked at together
+MOST_TRIED, TRIED_AT_ONCE = 4_000, 500  # rows whose texts are looked into one by one
 MASKS_KEPT = 16
 CSV_ROWS = 2_000
 UNLIKELY = 0.5
@@ -267,19 +268,28 @@ class _Walk:
         return found[:number]
 
     def _passing(self, rows: Ids, number: int) -> Ids:
-        """Which of some rows pass. A text that is common is found in the first rows tried; one that is not is looked
-        for in all texts at once, which then finds little."""
+        """Which of some rows pass; of more than ``number`` perhaps not all."""
         table, wanted = self._table, self._wanted
-        if not wanted.text or self._tried >= BLOCK or wanted.text in table._masks:
-            mask = table._full_mask(wanted)
-            return np.arange(len(rows)) if mask is None else np.flatnonzero(mask[rows])
-        mask = table._full_mask(Filter("", wanted.role, wanted.source, wanted.worse, wanted.stop_unlikely))
+        if wanted.text and wanted.text not in table._masks:
+            found = self._by_trying(rows, number)
+            if found is not None:
+                return found
+        mask = table._full_mask(wanted)
+        return np.arange(len(rows)) if mask is None else np.flatnonzero(mask[rows])
+
+    def _by_trying(self, rows: Ids, number: int) -> Ids | None:
+        """The same, text by text: a common one is found soon. None where it is not: then one pass over all texts is
+        cheaper, and finds little."""
+        table, wanted = self._table, self._wanted
+        mask = table._full_mask(replace(wanted, text=""))
         keep = np.arange(len(rows)) if mask is None else np.flatnonzero(mask[rows])
-        found: list[Ids] = []
+        text, found = fold(wanted.text).encode(errors="replace"), [np.empty(0, np.int64)]
         with table._folded() as texts:
-            for part in np.array_split(keep, max(1, len(keep) // 500)):
+            for part in np.array_split(keep, max(1, len(keep) // TRIED_AT_ONCE)):
+                if self._tried >= MOST_TRIED:
+                    return None
                 self._tried += len(part)
-                found.append(part[table._holding(rows[part], fold(wanted.text).encode(errors="replace"), texts)])
+                found.append(part[table._holding(rows[part], text, texts)])
                 if sum(map(len, found)) >= number:
                     break
         return np.concatenate(found)
