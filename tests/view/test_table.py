@@ -7,7 +7,9 @@ import io
 import itertools
 import json
 import math
+import os
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -214,9 +216,13 @@ def test_the_index_is_made_once_and_anew_for_another_content(tmp_path: Path) -> 
         file.write("\n" + json.dumps(make_record(2, rng)) + "\n")
     assert folder_of(path) != folder
     assert Table(build_index(path, lambda *_: None)).num_rows == 2
+    long_ago = time.time() - 31 * 86_400
+    os.utime(folder, (long_ago, long_ago))
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
     nothing = Table(build_index(empty, lambda *_: None))
+    assert not folder.exists()  # nobody used it for a month
+    assert folder_of(path).exists()
     assert nothing.page(Filter(text="a"), "change", descending=True, limit=5, cursor=None).rows == []
 
 

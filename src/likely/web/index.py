@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+import time
 from array import array
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +29,7 @@ SCHEMA = 1
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 150, 147  # of a row's text; together with " … " 300
 SEPARATOR = b"\xff"  # is in no UTF-8, so no search reaches over the end of a row
 ROWS_BETWEEN_TOLD = 2_000
+KEPT_SECONDS = 30 * 86_400  # since an index or scores of the viewer's own were last used
 INTEGERS = ("place", "file", "line", "length", *ROLES)
 NUMBERS = ("nll_base", "nll_tuned", "change", "tokens", "surprise", "stop")
 SORTED = ("nll_base", "nll_tuned", "change", "length", "tokens", "surprise", "stop")
@@ -56,6 +59,7 @@ def build_index(scores: Path, progress: Progress) -> Path:
         return folder
     with storage.disk_errors(folder, "the index"):
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _forget_unused(folder.parent)
         unfinished = storage.unfinished_name(folder)
         unfinished.mkdir(mode=0o700)
         try:
@@ -65,6 +69,20 @@ def build_index(scores: Path, progress: Progress) -> Path:
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def use(folder: Path) -> None:
+    """Note that an index is used, so that it stays."""
+    with suppress(OSError):
+        os.utime(folder)
+
+
+def _forget_unused(cache: Path) -> None:
+    """Remove what of the viewer's cache nobody used for long; all of it can be made again."""
+    for path in list(cache.iterdir()):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _write(scores: Path, folder: Path, progress: Progress) -> None:

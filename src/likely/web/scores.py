@@ -10,8 +10,8 @@ from typing import Any
 from likely.insight.score_reading import record_at
 from likely.types import ROLES
 from likely.web.access import RefusedError
-from likely.web.index import folder_of
-from likely.web.jobs import Job, Lane
+from likely.web.index import folder_of, use
+from likely.web.jobs import OVER, Job, Lane
 from likely.web.runs import Run, Shelf, id_of
 from likely.web.table import Table
 
@@ -36,6 +36,7 @@ class ScoreSet:
     table: Table | None = None
     job: Job | None = None
     index: Path | None = None
+    asked: Path | None = None  # the index that the job makes
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
@@ -132,8 +133,12 @@ class ScoreSets:
                 return
             if (folder / "facts.json").is_file():
                 each.table, each.index, each.job = Table(folder), folder, None
-            elif each.index is not None or (each.job is not None and each.job.state == "done"):
+                use(folder)
+            elif each.index is not None or (each.job is not None and each.asked != folder):
+                if each.job is not None and each.job.state not in OVER:
+                    return
                 each.table, each.index, each.job = None, None, None  # another content: index it anew
+            each.asked = folder
 
     def start(self) -> None:
         """Have made what is missing; belongs to the event loop."""
