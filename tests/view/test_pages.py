@@ -339,6 +339,9 @@ def test_checkpoints_between_are_scored_when_asked_for(visit: Open, run_id: str,
     )
     page.wait_for_function(drawn, arg=json.dumps(tuned, ensure_ascii=False, separators=(",", ":")))
     assert "state=step-" in page.url
+    page.locator(f"{PIECE}[data-value]").first.click()
+    assert "at the tuned model" in page.inner_text(".card")  # the rivals would be those of other weights
+    assert not page.locator(".card .name >> nth=2").count()
     page.reload()
     page.wait_for_selector(WHOLE)
     assert page.get_by_role("slider").get_attribute("aria-valuetext") == "step 2"
@@ -370,7 +373,7 @@ def test_sixteen_thousand_tokens_are_drawn(visit_other: Open, other: Viewer) -> 
         f"#/scores/{scores}/0",
     )
     assert page.locator(PIECE).count() == LONG
-    assert seconds < 3  # about 0.6 s on an idle core; a promise of 1 s needs a machine that does nothing else
+    assert seconds < 3  # 0.5 to 1.6 s were seen on two cores with a load of 14; the rest is room for slower machines
     page.locator("[role=option]").first.focus()
     page.keyboard.press("Control+End")
     assert page.locator("[role=option]").last.get_attribute("aria-selected") == "true"

@@ -17,23 +17,24 @@ export class TokenCard {
     this.element = h("section", { class: "card", "aria-label": "The chosen token" }, quiet(hint));
   }
 
-  /** token: {i, of, text, id, role, weight, before, after, rank, entropy}; log-probabilities in nats, null as unknown. */
+  /** token: {i, of, text, id, role, weight, before, after, rank, entropy}, null as unknown; log-probabilities in nats.
+   * askable: whether they are those of the model that is asked. */
   show(token) {
     this.loading?.abort();
     this.token = token;
-    const card = this.kept.get(token.i);
+    const card = token.askable ? this.kept.get(token.i) : null;
     const place = h("small", {}, `token ${count(token.i + 1)} of ${count(token.of)}`);
     const title = h("h2", { class: "card-title" }, h("code", {}, visible(token.text)), place);
     fill(this.element, title, facts(known(token)), this.picture, this.more);
     fill(this.picture, this.draw(card?.rows ?? guess(token)));
-    const askable = this.load && !card && token.i > 0;
-    fill(this.more, askable && button("Which other tokens could have come?", () => this.open()));
+    const ask = this.load && !card && token.i > 0 && button("Which other tokens could have come?", () => this.open());
+    fill(this.more, token.askable ? ask : quiet("Other tokens can be asked for at the tuned model."));
   }
 
   /** Ask a model for the rivals. */
   async open() {
     const { token, kept } = this;
-    if (!this.load || !token || token.i === 0 || kept.has(token.i)) return;
+    if (!this.load || !token?.askable || token.i === 0 || kept.has(token.i)) return;
     this.loading?.abort();
     this.loading = new AbortController();
     try {

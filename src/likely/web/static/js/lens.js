@@ -37,7 +37,7 @@ export class LensView {
     const { A, B, text } = this.tokens[i];
     this.card.kept.set(i, { rows: rowsOf(text, A, B) });
     const { rank, entropy } = B;
-    this.card.show({ i, of: this.tokens.length, text, weight: 1, before: A ? -A.nll : null, after: -B.nll, rank, entropy });
+    this.card.show({ i, of: this.tokens.length, text, weight: 1, before: A ? -A.nll : null, after: -B.nll, rank, entropy, askable: true });
   }
 }
 

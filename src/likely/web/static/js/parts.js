@@ -1,6 +1,6 @@
 // Small parts that several pages have: tables, notices, and work that is under way.
 
-import { ApiError, aborted, work } from "./api.js";
+import { aborted, work } from "./api.js";
 import { announce, fill, h, unique } from "./dom.js";
 import { count, duration } from "./format.js";
 
@@ -63,9 +63,7 @@ export async function settle(holder, promise, draw) {
     const found = await promise;
     fill(holder, draw(found));
   } catch (error) {
-    if (aborted(error)) return;
-    if (!(error instanceof ApiError)) throw error;
-    fill(holder, failure(error));
+    if (!aborted(error)) fill(holder, failure(error));
   }
 }
 

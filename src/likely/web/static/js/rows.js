@@ -106,7 +106,8 @@ export class RowsTable {
   table({ rows, next, previous }) {
     if (!rows.length) return notice("No row is like that.");
     const columns = COLUMNS.filter(({ base }) => !base || this.set.has_base);
-    const cell = (row, { head, kind, draw }) => h(head ? "th" : "td", { scope: head && "row", class: kind }, draw(row, this.link(row.id)));
+    const alike = commonBeginning(rows.map(({ text }) => text));
+    const cell = (row, { head, kind, draw }) => h(head ? "th" : "td", { scope: head && "row", class: kind }, draw(row, this.link(row.id), alike));
     const cells = (row) => columns.map((column) => cell(row, column));
     const whole = h(
       "table",
@@ -160,11 +161,22 @@ function changeWords({ change }) {
   return h("span", { class: name }, h("span", { "aria-hidden": "true" }, sign), ` ${signed(change)}`);
 }
 
+/** How many characters all of some texts begin with, such as those of a system prompt; it ends with a word. */
+function commonBeginning([first = "", ...others]) {
+  let length = 0;
+  while (others.length && length < first.length && others.every((text) => text[length] === first[length])) length += 1;
+  return first.slice(0, length).search(/\S*$/);
+}
+
+/** A row's text without what all rows of the page begin with. */
+const preview = ({ text }, _, alike) =>
+  h("span", { class: "clamp", dir: "auto" }, harmless(alike > 20 ? `… ${text.slice(alike)}` : text));
+
 const rowLink = ({ source }, href) => h("a", { href }, harmless(source.split(/[\\/]/).at(-1)));
 
 const COLUMNS = [
   { name: "Row", sort: "id", first: "asc", kind: "source", head: true, draw: rowLink },
-  { name: "Text", kind: "preview", draw: ({ text }) => h("span", { class: "clamp", dir: "auto" }, harmless(text)) },
+  { name: "Text", kind: "preview", draw: preview },
   { name: "Before", sort: "nll_base", kind: "number", explain: "nll", base: true, draw: (row) => number(row.nll_base) },
   { name: "After", sort: "nll_tuned", kind: "number", explain: "nll", draw: (row) => number(row.nll_tuned) },
   { name: "Change", sort: "change", kind: "number", explain: "change", base: true, draw: changeWords },

@@ -117,8 +117,6 @@ export class TokenView {
       ArrowUp: () => this.inLine(at, -1),
       Home: () => (far ? 0 : this.endOfLine(at, -1)),
       End: () => (far ? last : this.endOfLine(at, 1)),
-      PageDown: () => at + LONGEST_BLOCK,
-      PageUp: () => at - LONGEST_BLOCK,
       n: () => this.trained(at, 1),
       p: () => this.trained(at, -1),
     };

@@ -186,14 +186,10 @@ function proof(found) {
 }
 
 const lengths = ({ lengths: found }) =>
-  h(
-    "section",
-    {},
-    figure({
-      name: "lengths",
-      title: "Lengths",
-      picture: histogram(found),
-      rows: () => histogramRows(found),
-      caption: "How many examples have how many tokens. What is right of the cut line is refused, cut or left out, as the settings say.",
-    }),
-  );
+  figure({
+    name: "lengths",
+    title: "Lengths",
+    picture: histogram(found),
+    rows: () => histogramRows(found),
+    caption: "How many examples have how many tokens. What is right of the cut line is refused, cut or left out, as the settings say.",
+  });

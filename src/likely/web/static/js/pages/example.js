@@ -175,6 +175,7 @@ class ExamplePage {
       after: after.logprob[i],
       rank: after.rank[i],
       entropy: after.entropy[i],
+      askable: after === this.columns.get("tuned"),
     };
   }
 

@@ -66,8 +66,7 @@ async function ready(set, holder, signal) {
       fill(holder, failure({ message: now.error ?? "The scores can't be read." }));
       return null;
     }
-    const state = now.state === "waiting" ? "waiting" : "running";
-    bar.show({ state, done: now.done, total: now.total, title: now.unit ?? "" });
+    bar.show({ state: now.state, done: now.done, total: now.total, title: now.unit });
     await wait(500, signal);
   }
 }
