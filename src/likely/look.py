@@ -170,11 +170,11 @@ def _read(data: str, asked: LookSettings, display: Display, *, keep_unweighted: 
     return _Reading(place, tokenizer, renderer, dataset, default_pack_tokens(int(dataset.table.length_N.max())))
 
 
-def explain(asked: ExplainSettings, *, load: Load = models.load_model) -> dict[str, Any]:
+def explain(asked: ExplainSettings, *, load: Load | None = None) -> dict[str, Any]:
     """One answer token by token: what ``model`` (B) and ``base`` (A) believe, and what one step on it does to B.
 
     Args:
-        load: gives the model of a name, for whoever keeps some.
+        load: gives the model of a name, for whoever keeps some; for a step it must be trainable.
 
     Returns:
         ``{"context", "tokens": [{"position", "text", "B": belief, "A": belief or null, "step": {...} or null}], "nll":
@@ -194,7 +194,7 @@ def explain(asked: ExplainSettings, *, load: Load = models.load_model) -> dict[s
     for state, name in states.items():
         if name is None:
             continue
-        loaded = load(name)
+        loaded = load(name) if load else models.load_model(name, trainable=asked.step and state == "B")
         positions, logp_SV = explanation.logprobs_at(loaded, example)
         found[state] = (positions, logp_SV, explanation.beliefs(tokenizer, example, positions, logp_SV, asked.rivals))
         if state == "B" and asked.step:

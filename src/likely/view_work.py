@@ -100,7 +100,7 @@ class Work:
                 self._models.popitem(last=False)
                 gc.collect()
             self._voice.say(f"loading {Path(name).name}")
-            self._models[name] = models.load_model(name)
+            self._models[name] = models.load_model(name, trainable=True)  # by a step
         return self._models[name]
 
     # --- files ---

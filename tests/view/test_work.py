@@ -16,9 +16,9 @@ import likely
 from likely.data.render import Supervision
 from likely.errors import ConfigError
 from likely.look import answer as look_answer
-from likely.look import score_held_out
+from likely.look import explain, score_held_out
 from likely.training.log import Display
-from likely.verb_settings import LookSettings
+from likely.verb_settings import ExplainSettings, LookSettings
 
 
 def result_of(viewer: Viewer, **ask: Any) -> dict[str, Any]:
@@ -189,3 +189,12 @@ def test_rows_that_a_training_held_out_itself_are_found_again(tiny_model_dir: Pa
     for key, state in (("nll_nats", "tuned"), ("base_nll_nats", "base")):
         nll = sum(record[key] for record in records) / sum(record["num_tokens"] for record in records)
         assert nll == pytest.approx(run.report[state]["nll"], rel=1e-6)
+
+
+def test_a_step_is_taken_with_adapters_too(tiny_model_dir: Path, tmp_path: Path, run_folder: Path) -> None:
+    run = str(tmp_path / "run")
+    data = str(run_folder.parent / "train.jsonl")
+    likely.train(model=str(tiny_model_dir), data=data, output=run, steps=1, batch_size=2, tune="lora")
+    told = explain(ExplainSettings(model=run, prompt="What is 7?", response="7.", step=True, learning_rate=1e-3))
+    assert all(token["step"]["measured"] != 0 for token in told["tokens"])
+    assert sum(token["step"]["measured"] for token in told["tokens"]) > 0

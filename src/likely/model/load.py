@@ -160,10 +160,14 @@ def trained_on_nf4(place: Place) -> bool:
 
 
 def load_model(
-    name: str, *, compute_dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    name: str,
+    *,
+    compute_dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    trainable: bool = False,
 ) -> LanguageModel:
-    """The model of a name in float32 weights, ready to be scored."""
-    network = read_network(find_model(name), dtype=torch.float32).to(device or best_device())
+    """The model of a name in float32 weights, ready to be scored; ``trainable``, a step can be taken with it too."""
+    network = read_network(find_model(name), dtype=torch.float32, trainable=trainable).to(device or best_device())
     return connect(network, name, compute_dtype=compute_dtype)
 
 

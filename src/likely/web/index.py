@@ -25,7 +25,7 @@ from likely.errors import DataError
 from likely.insight.score_reading import read_records
 from likely.types import ROLES
 
-SCHEMA = 1
+SCHEMA = 2
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 150, 147  # of a row's text; together with " … " 300
 SEPARATOR = b"\xff"  # is in no UTF-8, so no search reaches over the end of a row
 ROWS_BETWEEN_TOLD = 2_000
@@ -207,8 +207,14 @@ def _finite(value: float) -> float:
 
 
 def _text_of(tokens: list[dict[str, Any]]) -> str:
-    """The beginning of what is not the system's, then the beginning of what is trained."""
-    prompt = _joined((t for t in tokens if t["role"] != "system" and not t["weight"]), PROMPT_CHARACTERS)
+    """The end of what stands before the first trained token, which is where a prompt says what it wants, then the
+    beginning of what is trained."""
+    first = next((i for i, token in enumerate(tokens) if token["weight"]), len(tokens))
+    prompt, i = "", first
+    while i and len(prompt) < PROMPT_CHARACTERS:
+        i -= 1
+        prompt = str(tokens[i]["text"])[-PROMPT_CHARACTERS:] + prompt
+    prompt = prompt[-PROMPT_CHARACTERS:]
     answer = _joined((t for t in tokens if t["weight"]), ANSWER_CHARACTERS)
     return f"{prompt} … {answer}" if prompt and answer else prompt or answer
 
