@@ -224,8 +224,10 @@ def test_a_run_that_grows_is_followed_to_its_end(visit_other: Open, growing: Pat
     with (growing / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write("".join(map(metrics_line, range(6, 13))))
     page.wait_for_selector("text=step 12 of 50")
+    page.wait_for_selector(".plot-slider[aria-valuemax='12']")  # what the curve holds
     (growing / "metrics.jsonl").write_text("".join(map(metrics_line, range(1, 9))), encoding="utf-8")  # resumed
     page.wait_for_selector("text=step 8 of 50")
+    page.wait_for_selector(".plot-slider[aria-valuemax='8']")
     (growing / "report.json").write_text(json.dumps({"verdict": f"Well. {HOSTILE}"}), encoding="utf-8")
     page.wait_for_selector(".badge.finished")
     assert "Well. <img src=x" in page.inner_text(".verdict")
