@@ -61,7 +61,17 @@ def test_the_commands_run(tmp_path: Path) -> None:
         return done.stdout
 
     typed = [shlex.split(line) for line in commands() if line.startswith("likely ")]
-    assert [line[1] for line in typed] == ["train", "check", "score", "score", "evaluate", "export", "train", "train"]
+    assert [line[1] for line in typed] == [
+        "train",
+        "check",
+        "score",
+        "score",
+        "evaluate",
+        "chat",
+        "export",
+        "train",
+        "train",
+    ]
     for line in typed:
         run(sys.executable, "-c", "from likely.cli import main; main()", *line[1:])
     for name in ("model", "config.yaml", "run.json", "metrics.jsonl", "report.html", "report.json", "README.md"):

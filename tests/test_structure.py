@@ -18,6 +18,7 @@ FLOORS = [
     ("likely.run", 7),
     ("likely.look", 7),
     ("likely.deliver", 7),
+    ("likely.converse", 7),
     ("likely.examine", 7),
     ("likely.view", 7),
     ("likely.web", 6),
@@ -114,6 +115,7 @@ WITHIN = {
         "movement",
         "guard",
         "generation",
+        "conversation",
         "score_log",
         "score_file",
         "score_reading",
@@ -138,7 +140,14 @@ WITHIN = {
     "training": ["ahead", "objective", "optim", "step", "memory", "checkpoint", "log", "tracking"],
 }
 ALLOWED = {
-    "torch": {"model", "training", "exports/readers.py", "insight/lens.py", "insight/explain.py", "provenance.py"},
+    "torch": {
+        "model",
+        "training",
+        "exports/readers.py",
+        "insight/lens.py",
+        "insight/explain.py",
+        "provenance.py",
+    },
     "transformers": {"model", "data/render.py", "exports/readers.py"},
     "peft": {"model", "exports/readers.py"},
     "gguf": {"exports/gguf_file.py", "exports/readers.py"},
@@ -260,7 +269,7 @@ def test_only_the_command_line_and_the_log_speak() -> None:
 def test_the_whole_config_is_named_only_where_verbs_are_wired() -> None:
     settings = {"likely.config", "likely.verb_settings"}
     named = {p.name for p in FILES for module, _ in imports_of(p) if module in settings}
-    named_by = {"cli.py", "run.py", "look.py", "deliver.py", "examine.py", "view_work.py", "__init__.py"}
+    named_by = {"cli.py", "run.py", "look.py", "deliver.py", "converse.py", "examine.py", "view_work.py", "__init__.py"}
     assert named <= {*named_by, "verb_settings.py"}
 
 
@@ -290,6 +299,7 @@ def test_public_names() -> None:
         "ModelError",
         "NonFiniteError",
         "ResourceError",
+        "chat",
         "check",
         "evaluate",
         "export",

@@ -22,6 +22,7 @@ from likely.errors import (
 )
 
 if TYPE_CHECKING:
+    from likely.insight.conversation import Voice
     from likely.run import Run
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __all__ = [
     "ModelError",
     "NonFiniteError",
     "ResourceError",
+    "chat",
     "check",
     "evaluate",
     "export",
@@ -152,3 +154,26 @@ def export(*, run: str, to: str, output: str, **settings: Any) -> dict[str, Any]
 
     asked = make_settings(ExportSettings, {"to": to, "output": output, **settings})
     return deliver_export(run, asked, Display(quiet=True))
+
+
+def chat(*, run: str, **settings: Any) -> Voice:
+    """A conversation with a run's tuned model, in the template and the tokens of its training.
+
+    Args:
+        run: a run folder, ``RUN@step-N``, or any other model.
+        **settings: any other field of :class:`likely.verb_settings.ChatSettings` but ``prompt`` and ``compare``.
+
+    Returns:
+        The model's voice: ``voice.reply(question)`` gives ``text``, ``tokens`` with their log-probabilities and
+        ``stopped``; ``voice.stream(question)`` the answer piece by piece; ``reset()``, ``instruct(system)`` and
+        ``save(path)`` do what /reset, /system and /save do.
+
+    Raises:
+        LikelyError: of the kind that fits the fault.
+    """
+    from likely.config import make_settings
+    from likely.converse import voices
+    from likely.training.log import Display
+    from likely.verb_settings import ChatSettings
+
+    return voices(run, make_settings(ChatSettings, settings), Display(quiet=True))[-1]

@@ -33,7 +33,14 @@ from likely.credentials import redact
 from likely.errors import ConfigError, DataError, GuardError, LikelyError, ResourceError, is_out_of_memory
 from likely.stops import Stopped
 from likely.streams import lasting, silence
-from likely.verb_settings import CheckSettings, EvaluateSettings, ExplainSettings, ExportSettings, LookSettings
+from likely.verb_settings import (
+    ChatSettings,
+    CheckSettings,
+    EvaluateSettings,
+    ExplainSettings,
+    ExportSettings,
+    LookSettings,
+)
 
 app = typer.Typer(
     name="likely",
@@ -269,6 +276,28 @@ def view(
     serve_view(runs, scores or [], host=host, port=port, browser=not no_browser, say=_say, debug="--debug" in sys.argv)
 
 
+@app.command("chat")
+@_with_flags(ChatSettings)
+def chat(
+    settings: dict[str, Any],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, RUN@step-N, or any model")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object for each answer")] = False,
+) -> None:
+    """Talk with the tuned model, or with base and tuned; /help lists what else can be typed."""
+    asked = make_settings(ChatSettings, settings)
+    from likely import converse
+    from likely.training.log import Display
+
+    live = asked.prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    terminal = converse.Terminal(_stream, _complain, live, colour)
+    speaking = converse.voices(run, asked, Display(quiet=asked.prompt is not None))
+    if asked.prompt is not None:
+        converse.answer_once(speaking, asked.prompt, terminal, as_json=as_json)
+    else:
+        converse.converse(speaking, terminal, as_json=as_json)
+
+
 @app.command()
 def init(
     file: Annotated[Path | None, typer.Argument(metavar="[FILE]", help="another trainer's settings or job")] = None,
@@ -323,6 +352,17 @@ def _pass_guard(guard: dict[str, Any] | None) -> None:
             place=max(broken, key=lambda row: float(row["gain"]))["source"],
             way_out="look at the guard table before this model is used",
         )
+
+
+def _stream(text: str) -> None:
+    """A piece of a line at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def _print(text: str) -> None:

@@ -126,6 +126,22 @@ def rescuing(rescue: Callable[[], None]) -> Iterator[None]:
         _State.rescue = None
 
 
+@contextmanager
+def forgiving() -> Iterator[None]:
+    """Inside, SIGINT is a KeyboardInterrupt, each time anew, and nothing more: who talks with a person stops what is
+    being said at the first, and decides what the next one means."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    wakeup = signal.set_wakeup_fd(-1)  # the watcher counts signals
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        signal.set_wakeup_fd(wakeup)
+
+
 def _watch(receiver: socket.socket) -> None:
     first = _next_signal(receiver)
     if first is None:

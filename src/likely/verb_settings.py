@@ -140,3 +140,25 @@ class ExportSettings(BaseModel):
         if "type" in self.model_fields_set and self.to not in {"gguf", "ollama"}:
             raise ValueError("type is that of a GGUF file; leave it out")
         return self
+
+
+class ChatSettings(BaseModel):
+    """What ``likely chat`` is asked."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    compare: bool = Field(False, description="let the run's base answer too, before the tuned model")
+    prompt: str | None = Field(None, description="answer this alone, and end")
+    system: str | None = Field(None, description="system message to begin with")
+    temperature: Number = Field(0.0, ge=0, le=100, description="0 takes the most likely token each time")
+    seed: int = Field(0, ge=0, lt=2**63, description="of what is drawn at a temperature")
+    max_tokens: PositiveInt = Field(512, description="longest answer, in tokens")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="dtype of weights and products; auto is bfloat16 where the device is fast at it"
+    )
+
+    @model_validator(mode="after")
+    def _no_empty_prompt(self) -> ChatSettings:
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("the prompt is empty; write one, or leave --prompt out to talk")
+        return self

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from peft import PeftModel
 
 from likely.errors import ModelError, first_line
 from likely.model.load import trained_on_nf4
@@ -76,6 +75,8 @@ def read_adapter(folder: Path) -> Reading:
     Raises:
         ModelError: they can't be loaded.
     """
+    from peft import PeftModel  # noqa: PLC0415  (after likely.model, which keeps the libraries that it loads quiet)
+
     with _said_of(folder):
         base = read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"]
         four_bits = trained_on_nf4(Place(base, str(folder)))
