@@ -36,6 +36,7 @@ FLOORS = [
     ("likely.data", 2),
     ("likely.migration", 2),
     ("likely.verb_settings", 2),
+    ("likely.flags", 1),
     ("likely.config", 1),
     ("likely.manifest", 2),
     ("likely.storage", 1),

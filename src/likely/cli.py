@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
 
 from likely import __version__
 from likely.complaints import of_flag
@@ -31,6 +26,7 @@ from likely.config import (
 )
 from likely.credentials import redact
 from likely.errors import ConfigError, DataError, GuardError, LikelyError, ResourceError, is_out_of_memory
+from likely.flags import with_flags, with_value
 from likely.stops import Stopped
 from likely.streams import lasting, silence
 from likely.verb_settings import (
@@ -57,43 +53,6 @@ Data = Annotated[
 ]
 
 
-def _flag_type(annotation: Any) -> Any:
-    """The plain type of a config field: constraints are checked by the config itself, with its own words."""
-    if get_origin(annotation) is Annotated:
-        return _flag_type(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        (inner,) = (a for a in get_args(annotation) if a is not type(None))
-        return _flag_type(inner)
-    return annotation
-
-
-def _with_flags(*kinds: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb one flag per field of its settings; those the user gave arrive as ``settings``."""
-    fields = {key: field for kind in kinds for key, field in kind.model_fields.items()}
-
-    def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        def call(**values: Any) -> None:
-            settings = {key: values.pop(key) for key in fields}
-            verb(settings={k: v for k, v in settings.items() if v is not None}, **values)
-
-        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "settings"]
-        flags = []
-        for key, field in fields.items():
-            default = "" if field.is_required() or field.default in (None, False) else f" [{field.default}]"
-            option = typer.Option(
-                f"--{key.replace('_', '-')}", help=f"{field.description}{default}", show_default=False
-            )
-            hint: Any = Annotated[_flag_type(field.annotation) | None, option]
-            flags.append(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=hint))
-        keyword = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
-        call.__signature__ = inspect.Signature([*keyword, *flags])  # type: ignore[attr-defined]
-        call.__annotations__ = {p.name: p.annotation for p in [*keyword, *flags]}
-        call.__doc__ = verb.__doc__
-        return call
-
-    return decorate
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         _print(f"likely {__version__}")
@@ -111,7 +70,7 @@ def root(
 
 
 @app.command("train")
-@_with_flags(Config, Launch)
+@with_flags(Config, Launch)
 def train(
     settings: dict[str, Any],
     config: Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="settings; flags go over them")] = None,
@@ -132,7 +91,7 @@ def train(
 
 
 @app.command("check")
-@_with_flags(CheckSettings)
+@with_flags(CheckSettings)
 def check(
     settings: dict[str, Any],
     data: Data,
@@ -174,7 +133,7 @@ def demo(
 
 
 @app.command("score")
-@_with_flags(LookSettings)
+@with_flags(LookSettings)
 def score(
     settings: dict[str, Any],
     data: Data,
@@ -207,7 +166,7 @@ def score(
 
 
 @app.command("evaluate")
-@_with_flags(EvaluateSettings)
+@with_flags(EvaluateSettings)
 def evaluate(settings: dict[str, Any], data: Data, as_json: Json = False) -> None:
     """Held-out negative log-likelihood and more, with intervals, beside a base model's."""
     asked = make_settings(EvaluateSettings, settings)
@@ -221,7 +180,7 @@ def evaluate(settings: dict[str, Any], data: Data, as_json: Json = False) -> Non
 
 
 @app.command("explain")
-@_with_flags(ExplainSettings)
+@with_flags(ExplainSettings)
 def explain(settings: dict[str, Any], as_json: Json = False) -> None:
     """One answer under the lens: distributions, p - onehot, and what a step will do."""
     asked = make_settings(ExplainSettings, settings)
@@ -240,7 +199,7 @@ def explain(settings: dict[str, Any], as_json: Json = False) -> None:
 
 
 @app.command("export")
-@_with_flags(ExportSettings)
+@with_flags(ExportSettings)
 def export(
     settings: dict[str, Any],
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, or RUN@step-N")],
@@ -277,7 +236,7 @@ def view(
 
 
 @app.command("chat")
-@_with_flags(ChatSettings)
+@with_flags(ChatSettings)
 def chat(
     settings: dict[str, Any],
     run: Annotated[str, typer.Argument(metavar="RUN", help="a run folder, RUN@step-N, or any model")],
@@ -392,23 +351,10 @@ def _explain(error: BaseException) -> tuple[str, int]:
     return redact(" ".join(text.split())), code
 
 
-# What a flag means alone, and what can follow it: the parser wants a value after every flag.
-ALONE = {"--resume": ("newest", r"step-.*|newest.*"), "--rank": ("20", r"-?\d+")}
-
-
-def _with_value(arguments: list[str]) -> list[str]:
-    given = []
-    for i, argument in enumerate(arguments):
-        following = arguments[i + 1] if i + 1 < len(arguments) else ""
-        default, value = ALONE.get(argument, ("", ""))
-        given.append(f"{argument}={default}" if default and not re.fullmatch(value, following) else argument)
-    return given
-
-
 def main() -> None:
     """One clear line and the right exit code for every fault."""
     debug = "--debug" in sys.argv
-    arguments = _with_value([a for a in sys.argv[1:] if a != "--debug"]) or ["--help"]
+    arguments = with_value([a for a in sys.argv[1:] if a != "--debug"]) or ["--help"]
     with lasting():
         try:
             code = app(args=arguments, prog_name="likely", standalone_mode=False) or 0
