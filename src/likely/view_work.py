@@ -191,9 +191,9 @@ def _config(run: str) -> Config:
 
 
 def _shared(config: Config, kind: Any) -> dict[str, Any]:
-    """The settings of a training that another verb has too."""
-    own = config.model_dump()
-    return {key: own[key] for key in kind.model_fields if key in own and own[key] is not None}
+    """The settings of a training that another verb has too, but those that are as nobody gave them."""
+    own, fields = config.model_dump(), kind.model_fields
+    return {key: own[key] for key in fields if key in own and own[key] not in (None, fields[key].default)}
 
 
 def _check_settings(config: Config, asked: dict[str, Any], show: str | None = None) -> CheckSettings:

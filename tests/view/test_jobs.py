@@ -42,7 +42,7 @@ def with_lane(work: Callable[[Lane], Awaitable[None]]) -> None:
         try:
             await asyncio.wait_for(work(lane), 30)
         finally:
-            lane.close()
+            await lane.close()
             await asyncio.sleep(0.1)
 
     asyncio.run(run())
@@ -164,7 +164,7 @@ def test_the_end_of_the_server_ends_the_worker() -> None:
         assert job.result is not None
         lane.submit(ask("sleep"))
         await asyncio.sleep(0.1)
-        lane.close()
+        await lane.close()
         for _ in range(300):
             try:
                 os.kill(job.result["pid"], 0)

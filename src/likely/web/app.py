@@ -100,8 +100,8 @@ def make_app(viewer: Viewer) -> Starlette:
         try:
             yield
         finally:
-            viewer.models.close()
-            viewer.indexes.close()
+            await viewer.models.close()
+            await viewer.indexes.close()
 
     routes = [
         route("/", _document),

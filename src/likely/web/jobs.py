@@ -27,6 +27,7 @@ MOST_REMEMBERED = 64
 MOST_CACHED = 64
 MAX_LINE = 64 << 20  # bytes of one answer
 TIME_LIMIT = 600.0  # seconds
+END_SECONDS = 2.0  # for a process that was killed to be gone
 UNLIMITED = {"score", "check", "index"}
 OVER = {"done", "failed", "cancelled"}
 
@@ -144,11 +145,18 @@ class Lane:
         if running:
             self._kill()
 
-    def close(self) -> None:
-        """End everything; for the end of the server."""
+    async def close(self) -> None:
+        """End everything, and see the process gone; for the end of the server."""
+        process = self._process
         for job in list(self._jobs.values()):
             self.cancel(job)
         self._kill()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(END_SECONDS):
+                if self._task is not None:
+                    await self._task
+                if process is not None:
+                    await process.wait()
 
     @property
     def _alive(self) -> bool:

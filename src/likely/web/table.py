@@ -251,6 +251,7 @@ class _Walk:
     def __init__(self, table: Table, wanted: Filter, key: str, descending: bool) -> None:
         self._table, self._wanted, self._key, self._descending = table, wanted, key, descending
         self._tried = 0
+        self._mask: Mask | None = None
 
     def take(self, at: int, number: int, direction: int) -> list[tuple[int, int]]:
         """``(place in the order, row)`` of the next rows from ``at`` on (1), or of those before it (-1)."""
@@ -270,12 +271,13 @@ class _Walk:
     def _passing(self, rows: Ids, number: int) -> Ids:
         """Which of some rows pass; of more than ``number`` perhaps not all."""
         table, wanted = self._table, self._wanted
-        if wanted.text and wanted.text not in table._masks:
+        if wanted.text and self._mask is None and wanted.text not in table._masks:
             found = self._by_trying(rows, number)
             if found is not None:
                 return found
-        mask = table._full_mask(wanted)
-        return np.arange(len(rows)) if mask is None else np.flatnonzero(mask[rows])
+        if self._mask is None:  # once for all blocks
+            self._mask = table._full_mask(wanted)
+        return np.arange(len(rows)) if self._mask is None else np.flatnonzero(self._mask[rows])
 
     def _by_trying(self, rows: Ids, number: int) -> Ids | None:
         """The same, text by text: a common one is found soon. None where it is not: then one pass over all texts is
