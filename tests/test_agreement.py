@@ -147,6 +147,9 @@ def compare(model: Path, data: str, settings: dict[str, Any], folder: Path) -> s
         assert result["ok"], result["wrong"]
         return None
     assert not result["ok"], f"training alone refuses: {trained}"
+    assert bool(result["cost"]) == bool(result["data"]["examples"]), (
+        "what the good rows would cost is told all the same"
+    )
     assert trained.exit_code == 3
     assert is_told(result, trained), (str(trained), result["wrong"])
     return str(trained)

@@ -17,7 +17,7 @@ import numpy as np
 from likely.data.families import families, split_groups
 from likely.data.formats import WRITE, read_options
 from likely.data.order import Order, num_steps
-from likely.data.packing import build_packs, choose_pack_tokens
+from likely.data.packing import build_packs, choose_pack_tokens, default_pack_tokens
 from likely.data.parallel import Workers
 from likely.data.render import Supervision
 from likely.data.rendering import Recipe
@@ -312,7 +312,7 @@ def _sharing(
     facts, job = survey.facts, survey.job
     usable = facts.usable_M(job.limit, settings.on_too_long) & ~np.isin(facts.array("row_of_M"), held_out)
     num_examples = int(usable.sum())
-    if not num_examples or pack_tokens is None:
+    if not num_examples:
         return {}
     total = num_steps(num_examples, settings.batch_size, settings.epochs, settings.steps)
     per_epoch = min(total, -(-num_examples // settings.batch_size))
@@ -323,8 +323,10 @@ def _sharing(
     length = facts.array("length_M")[usable]
     if settings.on_too_long != "error":
         length = np.minimum(length, job.limit)
+    pack_tokens = pack_tokens or settings.pack_tokens or default_pack_tokens(int(length.max()))
+    room = max(pack_tokens, int(length.max()))  # which is more only where a training would refuse
     tokens = [sum(len(e.token_ids_T) for e in step) for step in chosen]
-    packs = [build_packs(step, pack_tokens) for step in chosen]
+    packs = [build_packs(step, room) for step in chosen]
     distinct = [sum(pack.num_nodes for pack in of_step) for of_step in packs]
     return {
         "examples": num_examples,
