@@ -11,16 +11,18 @@ PACKAGE = ROOT / "src" / "likely"
 
 # A file imports only from a lower floor. First match wins.
 FLOORS = [
-    ("likely.__main__", 9),
-    ("likely.cli", 8),
-    ("likely.view_work", 8),
-    ("likely", 8),  # the Python API, the package's own file
-    ("likely.run", 7),
-    ("likely.look", 7),
-    ("likely.deliver", 7),
-    ("likely.converse", 7),
-    ("likely.examine", 7),
-    ("likely.view", 7),
+    ("likely.__main__", 10),
+    ("likely.cli", 9),
+    ("likely.view_work", 9),
+    ("likely", 9),  # the Python API, the package's own file
+    ("likely.run", 8),
+    ("likely.look", 8),
+    ("likely.deliver", 8),
+    ("likely.converse", 8),
+    ("likely.examine", 8),
+    ("likely.learning_curve", 8),
+    ("likely.view", 8),
+    ("likely.inputs", 7),
     ("likely.web", 6),
     ("likely.journal", 6),
     ("likely.examiners", 6),
@@ -135,6 +137,9 @@ WITHIN = {
         "estimate",
         "plan",
         "check_page",
+        "power_law",
+        "curve_answer",
+        "curve_page",
     ],
     "web": ["access", "jobs", "tail", "index", "table", "runs", "scores", "asks", "app", "serve"],
     "migration": ["foreign", "huggingface", "trl", "llamafactory", "axolotl", "openai", "carry"],
@@ -154,7 +159,7 @@ ALLOWED = {
     "gguf": {"exports/gguf_file.py", "exports/readers.py"},
     "llama_cpp": {"exports/readers.py"},
     "tokenizers": {"data/encoding.py"},
-    "jinja2": {"data/jinja_child.py", "insight/report_page.py", "insight/check_page.py"},
+    "jinja2": {"data/jinja_child.py", "insight/report_page.py", "insight/check_page.py", "insight/curve_page.py"},
     "pyarrow": {"data/reading.py", "insight/score_file.py", "insight/score_reading.py"},
     "datasets": {"data/hub.py"},
     "starlette": {"web"},
@@ -270,8 +275,8 @@ def test_only_the_command_line_and_the_log_speak() -> None:
 def test_the_whole_config_is_named_only_where_verbs_are_wired() -> None:
     settings = {"likely.config", "likely.verb_settings"}
     named = {p.name for p in FILES for module, _ in imports_of(p) if module in settings}
-    named_by = {"cli.py", "run.py", "look.py", "deliver.py", "converse.py", "examine.py", "view_work.py", "__init__.py"}
-    assert named <= {*named_by, "verb_settings.py"}
+    verbs = {"run.py", "look.py", "deliver.py", "converse.py", "examine.py", "learning_curve.py", "view_work.py"}
+    assert named <= verbs | {"cli.py", "inputs.py", "__init__.py", "verb_settings.py"}
 
 
 def test_the_version_is_written_once_and_in_the_changelog() -> None:
@@ -295,6 +300,7 @@ def test_public_names() -> None:
     assert sorted(likely.__all__) == [
         "ConfigError",
         "DataError",
+        "GuardError",
         "LikelyError",
         "LockedError",
         "ModelError",
@@ -302,6 +308,7 @@ def test_public_names() -> None:
         "ResourceError",
         "chat",
         "check",
+        "curve",
         "evaluate",
         "export",
         "score",

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from likely.errors import (
     ConfigError,
     DataError,
+    GuardError,
     LikelyError,
     LockedError,
     ModelError,
@@ -23,12 +25,14 @@ from likely.errors import (
 
 if TYPE_CHECKING:
     from likely.insight.conversation import Voice
+    from likely.learning_curve import Curve
     from likely.run import Run
 
 __version__ = "0.1.0"
 __all__ = [
     "ConfigError",
     "DataError",
+    "GuardError",
     "LikelyError",
     "LockedError",
     "ModelError",
@@ -36,11 +40,24 @@ __all__ = [
     "ResourceError",
     "chat",
     "check",
+    "curve",
     "evaluate",
     "export",
     "score",
     "train",
 ]
+
+
+@contextmanager
+def _signals_as_python_has_them() -> Iterator[None]:
+    from likely.stops import Stopped
+
+    try:
+        yield
+    except Stopped as stopped:
+        if stopped.signum == signal.SIGINT:
+            raise KeyboardInterrupt(str(stopped)) from stopped
+        raise SystemExit(stopped.exit_code) from stopped
 
 
 def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
@@ -58,20 +75,45 @@ def train(*, model: str, data: str, output: str, **settings: Any) -> Run:
 
     Raises:
         LikelyError: of the kind that fits the fault.
+        GuardError: the training is done and written, and a response of ``guard`` gained more than ``guard_max_gain``
+            nats; ``error.result`` is the run.
         KeyboardInterrupt, SystemExit: on SIGINT, SIGTERM; the steps done are saved, and ``resume="newest"`` goes on.
     """
     from likely.config import make_training, stored_values
+    from likely.insight.guard import require_passed
     from likely.run import train as run_train
-    from likely.stops import Stopped
     from likely.training.log import Display
 
     config, launch = make_training(stored_values({"model": model, "data": data, "output": output, **settings}))
-    try:
-        return run_train(config, Display(), launch)
-    except Stopped as stopped:
-        if stopped.signum == signal.SIGINT:
-            raise KeyboardInterrupt(str(stopped)) from stopped
-        raise SystemExit(stopped.exit_code) from stopped
+    with _signals_as_python_has_them():
+        run = run_train(config, Display(), launch)
+    require_passed(run.report.get("guard"), run)
+    return run
+
+
+def curve(*, model: str, data: str, output: str, **settings: Any) -> Curve:
+    """Train on growing shares of a file, with several seeds each, and tell what twice as much data would bring.
+
+    Args:
+        output: the folder to create, for every point and what they say.
+        **settings: any other field of :class:`likely.verb_settings.CurveSettings`, such as ``seeds`` or ``eval_data``.
+
+    Returns:
+        The curve: ``curve.folder``, ``curve.verdict`` and ``curve.result``, the content of curve.json.
+
+    Raises:
+        LikelyError: of the kind that fits the fault.
+        KeyboardInterrupt, SystemExit: on SIGINT, SIGTERM; what is trained stays, and ``resume="newest"`` goes on.
+    """
+    from likely.config import make_settings, stored_values
+    from likely.learning_curve import curve as run_curve
+    from likely.training.log import Display
+    from likely.verb_settings import CurveSettings
+
+    values = stored_values({"model": model, "data": data, "output": output, **settings})
+    asked = make_settings(CurveSettings, values)
+    with _signals_as_python_has_them():
+        return run_curve(asked, Display())
 
 
 def check(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
@@ -123,13 +165,18 @@ def evaluate(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
 
     Raises:
         LikelyError: of the kind that fits the fault.
+        GuardError: a response of ``guard`` gained more than ``guard_max_gain`` nats over the base; ``error.result`` has
+            the figures.
     """
     from likely.config import make_settings
+    from likely.insight.guard import require_passed
     from likely.look import evaluate as look_evaluate
     from likely.training.log import Display
     from likely.verb_settings import EvaluateSettings
 
-    return look_evaluate(data, make_settings(EvaluateSettings, {"model": model, **settings}), Display(quiet=True))
+    found = look_evaluate(data, make_settings(EvaluateSettings, {"model": model, **settings}), Display(quiet=True))
+    require_passed(found["guard"], found)
+    return found
 
 
 def export(*, run: str, to: str, output: str, **settings: Any) -> dict[str, Any]:

@@ -25,13 +25,14 @@ from likely.config import (
     template_yaml,
 )
 from likely.credentials import redact
-from likely.errors import ConfigError, DataError, GuardError, LikelyError, ResourceError, is_out_of_memory
+from likely.errors import ConfigError, DataError, LikelyError, ResourceError, is_out_of_memory
 from likely.flags import with_flags, with_value
 from likely.stops import Stopped
 from likely.streams import lasting, silence
 from likely.verb_settings import (
     ChatSettings,
     CheckSettings,
+    CurveSettings,
     EvaluateSettings,
     ExplainSettings,
     ExportSettings,
@@ -171,12 +172,27 @@ def evaluate(settings: dict[str, Any], data: Data, as_json: Json = False) -> Non
     """Held-out negative log-likelihood and more, with intervals, beside a base model's."""
     asked = make_settings(EvaluateSettings, settings)
     from likely import look
+    from likely.insight.guard import require_passed
     from likely.insight.prose import evaluation_text
     from likely.training.log import Display
 
     result = look.evaluate(data, asked, Display())
     _print(json.dumps(result) if as_json else evaluation_text(result, asked.model, asked.base))
-    _pass_guard(result["guard"])
+    require_passed(result["guard"])
+
+
+@app.command("curve")
+@with_flags(CurveSettings)
+def curve(settings: dict[str, Any], as_json: Json = False) -> None:
+    """Train on growing shares of the data, and tell what twice as much would bring."""
+    asked = make_settings(CurveSettings, stored_values(settings))
+    from likely import learning_curve
+    from likely.insight.curve_page import to_text
+    from likely.training.log import Display
+
+    found = learning_curve.curve(asked, Display())
+    told = {"curve": str(found.folder), **found.result}
+    _print(json.dumps(told) if as_json else f"{to_text(found.result)}\npicture: {found.folder / 'curve.html'}")
 
 
 @app.command("explain")
@@ -295,22 +311,11 @@ def env(as_json: Json = False) -> None:
 
 
 def _print_run(report: dict[str, Any], folder: Path, as_json: bool) -> None:
+    from likely.insight.guard import require_passed
     from likely.insight.prose import run_text
 
     _print(json.dumps({"run": str(folder), **report}) if as_json else run_text(report, folder))
-    _pass_guard(report.get("guard"))
-
-
-def _pass_guard(guard: dict[str, Any] | None) -> None:
-    """A bound that was stated and passed is an exit code, after everything was said."""
-    if guard is not None and guard["passed"] is False:
-        broken = [row for row in guard["rows"] if row["broken"]]
-        raise GuardError(
-            f"{len(broken)} of {guard['num_rows']} unwanted responses gained more than {guard['max_gain']:g} nats, the"
-            f" worst {guard['largest_gain']:.4f}",
-            place=max(broken, key=lambda row: float(row["gain"]))["source"],
-            way_out="look at the guard table before this model is used",
-        )
+    require_passed(report.get("guard"))
 
 
 def _stream(text: str) -> None:

@@ -344,9 +344,11 @@ def stored_values(values: dict[str, Any]) -> dict[str, Any]:
     return over_file(read_yaml(stored), {key: value for key, value in values.items() if value is not None})
 
 
-def to_yaml(config: Config) -> str:
-    """The config as YAML that :func:`read_yaml` and :func:`make_config` turn into the same config."""
-    values = config.model_dump(exclude={"epochs"} if config.steps is not None else set())
+def to_yaml(settings: BaseModel) -> str:
+    """Settings as YAML that :func:`read_yaml` and :func:`make_settings` turn into the same settings."""
+    values = settings.model_dump()
+    if values.get("steps") is not None:
+        del values["epochs"]
     # YAML takes these for ends of lines unless they are written as escapes.
     breaks = any(mark in str(value) for value in values.values() for mark in "\x85\u2028\u2029")
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=not breaks)

@@ -12,6 +12,7 @@ LikelyError            1  a bug of ours
 
 import json
 import re
+from typing import Any
 
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|failed to map segment", re.IGNORECASE
@@ -93,9 +94,14 @@ def _cut(text: str, length: int) -> str:
 
 
 class GuardError(LikelyError):
-    """A model gives an unwanted response more likelihood than the bound that was set allows. All results are there."""
+    """A model gives an unwanted response more likelihood than the bound that was set allows. The work is done and
+    written all the same; ``result`` is what the verb would have returned."""
 
     exit_code = 8
+
+    def __init__(self, message: str, *, place: str = "", way_out: str = "", result: Any = None) -> None:
+        self.result = result
+        super().__init__(message, place=place, way_out=way_out)
 
 
 def first_line(error: BaseException) -> str:

@@ -47,15 +47,9 @@ def describe(
     num_steps: int,
 ) -> dict[str, Any]:
     """The content of run.json."""
-    template = tokenizer.chat_template
     parameters = list(model.network.parameters())
     return {
-        "base": asdict(place),
-        "base_sha256": weights_hash(place),
-        "data": _file(data),
-        "eval_data": _file(eval_data) if eval_data else None,
-        "template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
-        "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
+        **sources(place, tokenizer, data, eval_data),
         "versions": versions(),
         "device": device_name(model.device),
         "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
@@ -65,6 +59,19 @@ def describe(
         "num_parameters": sum(shape_of(p).numel() for p in parameters),
         "num_trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "supervised": data.tokens_per_role(),
+    }
+
+
+def sources(place: Place, tokenizer: Any, data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
+    """What a training starts from, with the hash of each."""
+    template = tokenizer.chat_template
+    return {
+        "base": asdict(place),
+        "base_sha256": weights_hash(place),
+        "data": _file(data),
+        "eval_data": _file(eval_data) if eval_data else None,
+        "template_sha256": hashlib.sha256(str(template).encode()).hexdigest() if template else None,
+        "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
     }
 
 

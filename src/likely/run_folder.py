@@ -9,15 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from likely import manifest, storage
-from likely.errors import ConfigError, ModelError
+from likely import manifest, stops, storage
+from likely.errors import ConfigError, LikelyError, ModelError, ResourceError, is_out_of_memory
 from likely.training.checkpoint import Checkpoint, State, name_of, newest_valid, open_checkpoint, saved_steps
 
-# What stands in a folder before anything of worth does.
-TRACKED = {"tensorboard", "wandb"}  # made anew from metrics.jsonl whenever a run begins or goes on
-BEGINNING = TRACKED | {
-    "config.yaml", "run.json", "metrics.jsonl", "rejected.jsonl", "rejected-eval.jsonl", "checkpoints",
-}  # fmt: skip
+TRACKED = frozenset({"tensorboard", "wandb"})  # made anew from metrics.jsonl whenever a run begins or goes on
 # Settings that change no weight and no score. Where the data and the model stand may change too: their content may not.
 FREE = {
     "activation_checkpointing",
@@ -35,6 +31,27 @@ FREE = {
     "save_every",
     "skip_nonfinite",
 }
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the folder of a verb is made up: the file ``mark`` is written first and says that the folder is the verb's;
+    ``beginning`` is what may stand there before anything of worth does, the mark besides; that is in the folder
+    ``kept``."""
+
+    verb: str
+    mark: str
+    beginning: frozenset[str]
+    kept: str
+
+
+RUN = Layout(
+    "train",
+    "run.json",
+    TRACKED | {"config.yaml", "metrics.jsonl", "rejected.jsonl", "rejected-eval.jsonl", "checkpoints"},
+    "checkpoints",
+)
+CURVE = Layout("curve", "origins.json", frozenset({"config.yaml", "metrics.jsonl", "points"}), "points")
 
 
 @dataclass(frozen=True)
@@ -58,18 +75,36 @@ class Claim:
     folder: Path
     require: Callable[[], None]
     saved: list[str] = field(default_factory=list)
+    layout: Layout = RUN
 
     def how_to_go_on(self) -> str:
         """For whoever sees the process end early."""
-        command = f"go on with likely train --resume --output {self.folder}"
+        command = f"go on with likely {self.layout.verb} --resume --output {self.folder}"
         if self.saved:
             return f"{self.saved[-1]} is saved: {command}"
-        begun = _names(self.folder) and not _is_beginning(self.folder)
+        begun = _names(self.folder) and not _is_beginning(self.folder, self.layout)
         return f"nothing new was saved: {command}" if begun else "no step was done, so nothing was saved"
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """What ends the work inside early says how to go on with it."""
+        try:
+            yield
+        except stops.Stopped as stopped:
+            raise stops.Stopped(stopped.signum, f"{stopped}; {self.how_to_go_on()}") from None
+        except Exception as error:
+            if isinstance(error, ResourceError) and is_out_of_memory(error):
+                raise ResourceError(
+                    error.message, place=error.place, way_out=f"{error.way_out}; {self.how_to_go_on()}"
+                ) from error
+            if not isinstance(error, LikelyError) and is_out_of_memory(error):
+                way_out = f"lower --pack-tokens or use --tune lora; {self.how_to_go_on()}"
+                raise ResourceError("out of memory", place=str(self.folder), way_out=way_out) from error
+            raise
 
 
 @contextmanager
-def claimed(output: str, *, resume: bool) -> Iterator[Claim]:
+def claimed(output: str, *, resume: bool, layout: Layout = RUN) -> Iterator[Claim]:
     """Make the folder if need be and hold its lock. If it was free and nothing of worth was saved in it, it is left
     empty; whatever a run did not write itself is never touched.
 
@@ -87,22 +122,22 @@ def claimed(output: str, *, resume: bool) -> Iterator[Claim]:
     try:
         with storage.locked(folder) as require:
             storage.sweep(folder)
-            storage.sweep(folder / "checkpoints")
-            free = not _names(folder) or _is_beginning(folder)
-            if not free and not (resume and _holds_a_run(folder)):
+            storage.sweep(folder / layout.kept)
+            free = not _names(folder) or _is_beginning(folder, layout)
+            if not free and not (resume and _is_of(folder, layout)):
                 raise ConfigError(
                     "the run folder is not empty",
                     place=output,
                     way_out="go on with it by --resume, name another --output, or remove it",
                 )
             if free:
-                _clear(folder)
+                _clear(folder, layout)
             try:
-                yield Claim(folder, require)
+                yield Claim(folder, require, layout=layout)
             except BaseException:
                 storage.sweep(folder)
-                if free and _is_beginning(folder):
-                    _clear(folder)
+                if free and _is_beginning(folder, layout):
+                    _clear(folder, layout)
                 raise
     except BaseException:
         if not existed:
@@ -115,22 +150,23 @@ def _names(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()} - {storage.LOCK} if folder.is_dir() else set()
 
 
-def _is_beginning(folder: Path) -> bool:
-    """Whether all that is there was written by a run before it saved anything: it writes run.json first."""
+def _is_beginning(folder: Path, layout: Layout) -> bool:
+    """Whether all that is there was written by the verb before it saved anything: it writes the mark first."""
     names = _names(folder)
-    saved = (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir())
-    return "run.json" in names and names <= BEGINNING and not saved
+    saved = (folder / layout.kept).is_dir() and any((folder / layout.kept).iterdir())
+    return layout.mark in names and names <= layout.beginning | {layout.mark} and not saved
 
 
-def _holds_a_run(folder: Path) -> bool:
-    return (folder / "run.json").is_file() or bool(saved_steps(folder / "checkpoints"))
+def _is_of(folder: Path, layout: Layout) -> bool:
+    kept = saved_steps(folder / layout.kept) if layout is RUN else []
+    return (folder / layout.mark).is_file() or bool(kept)
 
 
-def _clear(folder: Path) -> None:
+def _clear(folder: Path, layout: Layout) -> None:
     for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if path.name in TRACKED:
+        if path.name in TRACKED & layout.beginning:
             storage.discard(path)
-        elif path.name in BEGINNING:
+        elif path.name in layout.beginning | {layout.mark}:
             path.rmdir() if path.is_dir() else path.unlink()
 
 

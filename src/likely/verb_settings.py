@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from likely.config import Config, DataFiles, Day, Name, Number, PositiveInt, a_folder, refuse_idle_data_options
+from likely.config import (
+    Config,
+    DataFiles,
+    Day,
+    Name,
+    Number,
+    PositiveInt,
+    a_folder,
+    make_config,
+    refuse_idle_data_options,
+)
 
 
 def _as_in_training(key: str) -> Any:
@@ -162,3 +173,85 @@ class ChatSettings(BaseModel):
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError("the prompt is empty; write one, or leave --prompt out to talk")
         return self
+
+
+class CurveSettings(BaseModel):
+    """What ``likely curve`` is asked. All but ``seeds``, ``shares`` and ``resume`` is a setting of each training."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: Name = _as_in_training("model")
+    data: DataFiles = _as_in_training("data")
+    eval_data: DataFiles | None = _as_in_training("eval_data")
+    eval_share: Number | None = _as_in_training("eval_share")
+    output: Annotated[Name, AfterValidator(a_folder)] = Field(description="folder to create, for every point")
+    seeds: PositiveInt = Field(3, description="trainings of each size: with the seeds --seed, --seed + 1 and so on")
+    shares: str = Field("1/8,1/4,1/2,1", description="shares of the training rows, one training each and seed")
+    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = _as_in_training(
+        "format"
+    )
+    columns: str | None = _as_in_training("columns")
+    template: Literal["auto", "chat", "raw"] = _as_in_training("template")
+    template_date: Day = _as_in_training("template_date")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a row that is wrong, or leave it out")
+    on_too_long: Literal["error", "drop", "truncate_left", "truncate_right"] = _as_in_training("on_too_long")
+    epochs: Number = Field(3.0, gt=0, description="passes over the rows of each training, whatever their number")
+    steps: PositiveInt | None = Field(None, description="optimizer steps of each training alike, instead of epochs")
+    batch_size: PositiveInt = _as_in_training("batch_size")
+    order: Literal["examples", "families"] = _as_in_training("order")
+    learning_rate: Number | None = _as_in_training("learning_rate")
+    schedule: Literal["cosine", "constant"] = _as_in_training("schedule")
+    warmup: Number = _as_in_training("warmup")
+    weight_decay: Number = _as_in_training("weight_decay")
+    max_grad_norm: Number = _as_in_training("max_grad_norm")
+    tune: Literal["full", "lora", "qlora"] = _as_in_training("tune")
+    lora_rank: PositiveInt = _as_in_training("lora_rank")
+    lora_alpha: Number | None = _as_in_training("lora_alpha")
+    dtype: Literal["auto", "float32", "bfloat16"] = _as_in_training("dtype")
+    max_length: PositiveInt | None = _as_in_training("max_length")
+    pack_tokens: PositiveInt | None = _as_in_training("pack_tokens")
+    activation_checkpointing: Literal["auto", "none", "full"] = _as_in_training("activation_checkpointing")
+    train_on: Literal["assistant", "last_assistant", "all"] = _as_in_training("train_on")
+    prompt_weight: Number = _as_in_training("prompt_weight")
+    normalize: Literal["token", "example"] = _as_in_training("normalize")
+    seed: int = Field(0, ge=0, lt=2**63, description="the first seed: of the rows, their order and new adapters")
+    eval_every: PositiveInt | None = _as_in_training("eval_every")
+    patience: PositiveInt | None = Field(
+        None, description="judge each training by its best evaluation; stop it after so many without a better one"
+    )
+    resume: Literal["newest"] | None = Field(None, description="go on with the trainings that are done in --output")
+
+    @model_validator(mode="after")
+    def _enough_to_compare(self) -> CurveSettings:
+        if len(self.sizes) < 3:
+            raise ValueError(
+                f"shares has {len(self.sizes)} sizes, and a curve needs three; give some, such as 1/4,1/2,1"
+            )
+        return self
+
+    @property
+    def sizes(self) -> list[Fraction]:
+        """The shares, the smallest first.
+
+        Raises:
+            ValueError: one is no number above 0 and up to 1.
+        """
+        found = set()
+        for part in self.shares.split(","):
+            try:
+                share = Fraction(part.strip())
+            except (ValueError, ZeroDivisionError):
+                raise ValueError(f"shares has {part.strip()!r}; write shares such as 1/8,1/4,1/2,1") from None
+            if not 0 < share <= 1:
+                raise ValueError(f"shares has {part.strip()}, which is not above 0 and up to 1")
+            found.add(share)
+        return sorted(found)
+
+    def training(self) -> Config:
+        """The training of all rows with the first seed.
+
+        Raises:
+            ConfigError: the settings don't go together.
+        """
+        own = {"seeds", "shares", "resume"}
+        return make_config({key: value for key, value in self.model_dump(exclude_unset=True).items() if key not in own})

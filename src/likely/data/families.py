@@ -71,10 +71,7 @@ def split_groups(groups: IntArray, keys: RowKeys, share: float, seed: int) -> tu
     """:func:`split_rows` of rows whose groups are known."""
     if not len(groups) or groups.max() == 0:
         raise ValueError("all rows belong together: they are near duplicates or begin alike")
-    # The least hash of a group's rows stands for all of them, in whatever order they come.
-    content = np.full(int(groups.max()) + 1, np.iinfo(np.uint64).max, np.uint64)
-    np.minimum.at(content, groups, keys.contents)
-    place = _mixed(content ^ _mixed(np.array([seed], np.uint64)))
+    place = _lots(groups, keys, seed)
     held = place < np.uint64(min(int(share * 2**64), 2**64 - 1))
     if not held.any():
         held[place.argmin()] = True
@@ -82,6 +79,34 @@ def split_groups(groups: IntArray, keys: RowKeys, share: float, seed: int) -> tu
         held[place.argmax()] = False
     out = held[groups]
     return np.flatnonzero(~out), np.flatnonzero(out)
+
+
+def nested_rows(groups: IntArray, keys: RowKeys, shares: Sequence[float], seed: int) -> list[IntArray]:
+    """Rows of growing subsets, each a part of the next: whole groups, in the order of the numbers that the seed and the
+    groups' rows draw, as many as bring the rows nearest to each share of all. The same rows in another order give the
+    same subsets.
+
+    Args:
+        groups: of :func:`families`.
+        shares: ascending, above 0 and up to 1.
+
+    Returns:
+        Ascending indices of the rows for each share; equal ones where no group lies between two shares.
+    """
+    order = np.argsort(_lots(groups, keys, seed), kind="stable")
+    rows_so_far = np.cumsum(np.bincount(groups)[order])
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(len(order))
+    last = [int(np.abs(rows_so_far - share * len(groups)).argmin()) for share in shares]
+    return [np.flatnonzero(place[groups] <= i) for i in last]
+
+
+def _lots(groups: IntArray, keys: RowKeys, seed: int) -> Hashes:
+    """The number that a seed and its rows draw for each group."""
+    # The least hash of a group's rows stands for all of them, in whatever order they come.
+    content = np.full(int(groups.max()) + 1, np.iinfo(np.uint64).max, np.uint64)
+    np.minimum.at(content, groups, keys.contents)
+    return _mixed(content ^ _mixed(np.array([seed], np.uint64)))
 
 
 def families(keys: RowKeys) -> IntArray:

@@ -16,7 +16,7 @@ import numpy as np
 from likely.data.formats import parse_row
 from likely.data.reading import Rows
 from likely.data.render import Renderer
-from likely.errors import DataError
+from likely.errors import DataError, GuardError
 from likely.types import Example, ExampleScore, Source
 
 KEYS = {"prompt", "unwanted", "wanted"}
@@ -162,3 +162,25 @@ def judge(
         "passed": None if max_gain is None or not gains else not any(row["broken"] for row in rows),
         "rows": rows,
     }
+
+
+def require_passed(table: Mapping[str, Any] | None, result: Any = None) -> None:
+    """Call it when everything was said and written: a bound that was stated and passed is an error then.
+
+    Args:
+        table: of :func:`judge`.
+        result: what the error carries, for whoever catches it.
+
+    Raises:
+        GuardError: an unwanted response gained more than was allowed.
+    """
+    if table is None or table["passed"] is not False:
+        return
+    broken = [row for row in table["rows"] if row["broken"]]
+    raise GuardError(
+        f"{len(broken)} of {table['num_rows']} unwanted responses gained more than {table['max_gain']:g} nats, the"
+        f" worst {table['largest_gain']:.4f}",
+        place=max(broken, key=lambda row: float(row["gain"]))["source"],
+        way_out="look at the guard table before this model is used",
+        result=result,
+    )

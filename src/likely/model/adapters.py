@@ -29,3 +29,16 @@ def add_lora(network: Any, *, rank: int, alpha: float | None, seed: int) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft still uses names that transformers is leaving
         return get_peft_model(network, config)
+
+
+def draw_lora_again(network: Any, *, seed: int) -> None:
+    """New adapters in the place of those of :func:`add_lora`, as that draws them with this seed."""
+    (name,) = network.peft_config
+    settings = network.peft_config[name]
+    torch.manual_seed(seed)
+    network.delete_adapter(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # as above
+        network.add_adapter(name, settings)
+    network.set_adapter(name)
+    network.eval()

@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel, get_peft_model_state_dict
 
 from likely.errors import ConfigError, ModelError, NonFiniteError, first_line
-from likely.model.adapters import add_lora
+from likely.model.adapters import add_lora, draw_lora_again
 from likely.model.forward import LanguageModel, connect
 from likely.model.headers import Stored, check_finite
 from likely.model.place import Place, find_model, local_folder, quiet_transformers
@@ -290,3 +290,24 @@ def choose_compute_dtype(wanted: str, device: torch.device) -> torch.dtype:
         capabilities = torch.cpu.get_capabilities()
         fast = bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
     return torch.bfloat16 if fast else torch.float32
+
+
+class Restart:
+    """Takes a model that :func:`load_for_training` gave back to where its training began, as often as wanted, without
+    loading it again: new adapters are drawn anew; of whatever else is trained a copy is kept in the host's memory."""
+
+    def __init__(self, model: LanguageModel, tuning: Tuning) -> None:
+        self._network = model.network
+        self._draws = tuning.lora_rank is not None and find_model(model.name).adapter is None
+        trained = {} if self._draws else {n: p for n, p in model.network.named_parameters() if p.requires_grad}
+        self._kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+
+    @torch.no_grad()
+    def begin(self, seed: int) -> None:
+        """The weights are those that ``load_for_training`` gives with this seed, to the bit."""
+        torch.manual_seed(seed)
+        if self._draws:
+            draw_lora_again(self._network, seed=seed)
+        for name, parameter in self._network.named_parameters():
+            if name in self._kept:
+                parameter.copy_(self._kept[name])

@@ -146,6 +146,7 @@ class Display:
     def training(self, num_steps: int, steps_done: int = 0) -> Iterator[Callable[[StepMetrics], None]]:
         """A bar for the steps, with NLL per token, tokens/s and time left; call the result after each step."""
         tokens = seconds = last_line = 0.0
+        started = time.monotonic()
         with self._progress() as progress:
             task = progress.add_task("training", total=num_steps, completed=steps_done, note="")
 
@@ -155,11 +156,12 @@ class Display:
                 seconds += metrics.seconds
                 rate = tokens / max(seconds, 1e-9)
                 note = f"nll {metrics.nll:.4f}  {rate:,.0f} tokens/s"
-                progress.update(task, advance=1, note=note)
+                progress.update(task, completed=metrics.step, note=note)
                 done = metrics.step == num_steps
                 if not self.console.is_terminal and (done or time.monotonic() - last_line > SECONDS_BETWEEN_LINES):
                     last_line = time.monotonic()
-                    left = seconds / (metrics.step - steps_done) * (num_steps - metrics.step)
+                    elapsed = time.monotonic() - started  # with what happens between the steps
+                    left = elapsed / (metrics.step - steps_done) * (num_steps - metrics.step)
                     self.say(f"step {metrics.step}/{num_steps}  {note}  {left:.0f} s left")
 
             yield show

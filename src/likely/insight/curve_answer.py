@@ -1,0 +1,128 @@
+"""What the points of a learning curve say, in numbers and one sentence; and whether they can say it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from likely.insight.power_law import (
+    EXPONENTS,
+    Law,
+    Scores,
+    fit_power_law,
+    interval,
+    replicate,
+    slope_per_doubling,
+    spread,
+)
+from likely.types import FloatArray
+
+FEW_EXAMPLES = 20  # below, a bootstrap of examples covers clearly less than it says
+SURE = 0.99  # of what speaks against a curve: four sizes are looked at, so 95% would see ghosts
+SMALL = 0.1  # of what training gained: a doubling that brings less, at best, is not worth the rows
+
+
+def judge(scores: Scores, base: float, against: Sequence[str] = ()) -> dict[str, Any]:
+    """The answer of a learning curve.
+
+    Args:
+        base: held-out NLL of the base model, nats per token.
+        against: what else forbids an answer.
+
+    Returns:
+        ``{"kind", "verdict", "reasons", "doubling", "power_law", "log_linear", "spread", "size_ci95"}``. ``kind`` is
+        ``falls`` where a doubling helps beyond chance, ``saturated`` where it brings little at best, and ``none``
+        where the points can't support an answer, for the ``reasons``. ``doubling["nats"]`` is by how many nats per
+        token twice the data lower the NLL, with ``ci95`` and its ``half_width``.
+    """
+    mean_K = scores.mean_K
+    law = fit_power_law(scores.size_K, mean_K[None], refine=True)
+    has_seeds = scores.nll_KSN.shape[1] > 1
+    other_BK = replicate(scores, seeds=has_seeds)
+    laws = fit_power_law(scores.size_K, other_BK)
+    low, high = interval(laws.doubling)
+    doubling = {"nats": float(law.doubling[0]), "ci95": (low, high), "half_width": (high - low) / 2}
+    parts = spread(scores, lambda nll_BK: fit_power_law(scores.size_K, nll_BK).doubling) if has_seeds else None
+    gained = base - float(mean_K[-1])
+    reasons = [*against, *_against(scores, law, other_BK, laws)]
+    kind = "none"
+    if not reasons:
+        kind = "falls" if low > 0 else "saturated" if high <= SMALL * gained else "none"
+        if kind == "none":
+            reasons = [_too_wide(low, high, parts)]
+    slope_B = slope_per_doubling(scores.size_K, other_BK)
+    return {
+        "kind": kind,
+        "verdict": _verdict(kind, reasons, doubling, float(mean_K[-1]), gained),
+        "reasons": reasons,
+        "doubling": doubling,
+        "power_law": _law(law, laws),
+        "log_linear": {
+            "per_doubling": float(slope_per_doubling(scores.size_K, mean_K[None])[0]),
+            "ci95": interval(slope_B),
+        },
+        "spread": parts,
+        "size_ci95": [interval(column) for column in other_BK.T],
+    }
+
+
+def _law(law: Law, laws: Law) -> dict[str, Any]:
+    found: dict[str, Any] = {name: float(getattr(law, name)[0]) for name in ("a", "b", "c")}
+    found |= {f"{name}_ci95": interval(getattr(laws, name)) for name in ("a", "b", "c")}
+    low, high = found["c_ci95"]
+    # At an end of what is looked through, the points say no more than "at least" or "at most".
+    found["determined"] = bool(low > EXPONENTS[0] and high < EXPONENTS[-1])
+    return found
+
+
+def _against(scores: Scores, law: Law, other_BK: FloatArray, laws: Law) -> list[str]:
+    """What forbids to read a curve off these points, whatever the interval."""
+    found = []
+    num_seeds, num_examples = scores.nll_KSN.shape[1:]
+    if num_seeds < 2:
+        found.append("one seed tells nothing of chance; raise --seeds")
+    if num_examples < FEW_EXAMPLES:
+        found.append(f"{num_examples} held-out examples are too few for an interval; give {FEW_EXAMPLES} or more")
+    rows = [f"{size:,.0f}" for size in scores.size_K]
+    rise_K = np.diff(scores.mean_K)
+    for k in range(len(rise_K)):
+        low, _ = interval(np.diff(other_BK)[:, k], 2 * SURE - 1)
+        if low > 0:
+            found.append(f"held-out NLL rises by {rise_K[k]:.4f} from {rows[k]} to {rows[k + 1]} rows, beyond chance")
+    relative_K = scores.size_K / scores.size_K[-1]
+    off_K = scores.mean_K - law.at(relative_K)
+    off_BK = other_BK - (laws.a[:, None] + laws.b[:, None] * relative_K ** -laws.c[:, None])
+    beyond_K = np.abs(off_K) - np.quantile(np.abs(off_BK - off_K), SURE, axis=0)
+    worst = int(beyond_K.argmax())
+    if beyond_K[worst] > 1e-9:  # rounding, where there are as many sizes as numbers in the law
+        found.append(f"no power law goes through them: at {rows[worst]} rows it is off by {off_K[worst]:+.4f} nats")
+    return found
+
+
+def _too_wide(low: float, high: float, parts: dict[str, float] | None) -> str:
+    seeds = parts is not None and parts["seeds"] > parts["examples"]
+    more = "raise --seeds" if seeds else "give more held-out rows"
+    most = "seeds" if seeds else "held-out examples"
+    return (
+        f"twice the data could change held-out NLL by anything from {-high:+.4f} to {-low:+.4f} nats per token;"
+        f" most of that is the chance of the {most}, so {more}"
+    )
+
+
+def _verdict(kind: str, reasons: Sequence[str], doubling: dict[str, Any], last: float, gained: float) -> str:
+    nats, half = doubling["nats"], doubling["half_width"]
+    low, high = doubling["ci95"]
+    if kind == "falls":
+        return (
+            f"Doubling the data is expected to lower held-out NLL by {nats:.4f} ± {half:.4f} nats per token, from"
+            f" {last:.4f} (95% interval of the fall [{low:.4f}, {high:.4f}])."
+        )
+    if kind == "saturated":
+        return (
+            f"More data of this kind is not expected to help: doubling it would lower held-out NLL by {nats:.4f} ±"
+            f" {half:.4f} nats per token, no more than chance would, and by {high:.4f} at best, where training"
+            f" gained {gained:.4f}."
+        )
+    return f"These points can't support an answer: {'; '.join(reasons)}."

@@ -1,0 +1,164 @@
+"""The fit of a learning curve against closed forms and another optimizer, and its answers against simulated curves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.optimize import least_squares
+
+from likely.insight.curve_answer import judge
+from likely.insight.power_law import (
+    EXPONENTS,
+    Scores,
+    fit_power_law,
+    interval,
+    replicate,
+    slope_per_doubling,
+)
+
+SIZES = np.array([100.0, 200.0, 400.0, 800.0])
+
+
+def law(a: float, b: float, c: float) -> Any:
+    return lambda relative: a + b * np.asarray(relative) ** -c
+
+
+def simulate(truth: Any, seed: int, *, seeds: int = 3, examples: int = 200, **noise: float) -> Scores:
+    """Curves as trainings give them: examples differ in difficulty, alike at all sizes and a little by size; trainings
+    differ by chance, the small ones more; and answers differ in length."""
+    sd = {"difficulty": 0.4, "by_size": 0.05, "training": 0.003, **noise}
+    rng = np.random.default_rng(seed)
+    weight_N = rng.integers(3, 12, examples).astype(np.float64)
+    relative_K = SIZES / SIZES[-1]
+    # Centred, so that the truth is that of these examples' population and of no other.
+    own_N = rng.normal(0, sd["difficulty"], examples)
+    by_size_KN = rng.normal(0, sd["by_size"], (4, examples))
+    training_KS = rng.normal(0, sd["training"], (4, seeds)) * relative_K[:, None] ** -0.25
+    per_token_KSN = truth(relative_K)[:, None, None] + own_N + by_size_KN[:, None] + training_KS[:, :, None]
+    return Scores(SIZES, per_token_KSN * weight_N, weight_N)
+
+
+@pytest.mark.parametrize(("a", "b", "c"), [(0.3, 0.5, 0.6), (1.0, 0.02, 1.7), (0.0, 2.0, 0.1), (0.5, -0.2, 0.8)])
+def test_a_law_without_noise_is_found(a: float, b: float, c: float) -> None:
+    found = fit_power_law(SIZES, law(a, b, c)(SIZES / 800)[None], refine=True)
+    assert (found.a[0], found.b[0], found.c[0]) == pytest.approx((a, b, c), abs=1e-5)
+    assert found.doubling[0] == pytest.approx(law(a, b, c)(1.0) - law(a, b, c)(2.0), abs=1e-7)
+    assert found.at(np.array([0.5]))[0] == pytest.approx(law(a, b, c)(0.5), abs=1e-7)
+
+
+def test_where_the_law_is_no_power_of_n() -> None:
+    """A line in log n is a power near 0, whose limit is far below; a level curve has no power, and nothing to gain."""
+    line = (2 - 0.1 * np.log2(SIZES / 800))[None]
+    found = fit_power_law(SIZES, line, refine=True)
+    assert found.c[0] == pytest.approx(EXPONENTS[0], rel=1e-3)
+    assert found.a[0] < -4
+    assert found.doubling[0] == pytest.approx(0.1, rel=0.05)
+    assert slope_per_doubling(SIZES, line)[0] == pytest.approx(0.1)
+    level = fit_power_law(SIZES, np.full((1, 4), 0.7), refine=True)
+    assert level.doubling[0] == pytest.approx(0, abs=1e-12)
+    assert level.a[0] + level.b[0] == pytest.approx(0.7)
+
+
+def test_the_straight_line_sees_the_last_sizes_only() -> None:
+    assert slope_per_doubling(SIZES, np.array([[9.0, 1.0, 0.9, 0.8]]))[0] == pytest.approx(0.1)
+
+
+def test_the_fit_is_that_of_a_general_optimizer() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(10):
+        nll_K = law(0.4, 0.3, 0.7)(SIZES / 800) + rng.normal(0, 0.01, 4)
+        found = fit_power_law(SIZES, nll_K[None], refine=True)
+        other = least_squares(
+            lambda x, nll_K=nll_K: law(*x)(SIZES / 800) - nll_K, (0.3, 0.4, 0.5), xtol=1e-14, ftol=1e-14, gtol=1e-14
+        )
+        ours = ((found.at(SIZES / 800) - nll_K) ** 2).sum()
+        assert ours == pytest.approx(2 * other.cost, rel=1e-6)
+        coarse = fit_power_law(SIZES, nll_K[None])  # the grid's, as in replicates
+        assert coarse.doubling[0] == pytest.approx(found.doubling[0], abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("truth", "noise"),
+    [
+        (law(0.3, 0.10, 0.5), {}),
+        (law(0.3, 0.10, 0.5), {"training": 0.0001}),  # all chance is of the examples
+        (law(0.3, 0.10, 0.5), {"by_size": 0.0, "training": 0.02}),  # all of the seeds
+        (law(0.3, 0.0, 0.5), {}),  # saturated
+    ],
+)
+def test_intervals_cover_as_often_as_they_say(truth: Any, noise: dict[str, float]) -> None:
+    """200 curves: a 95% interval misses ten times; three standard deviations more are 19. (A bootstrap of 100 examples
+    is a little too narrow, Student's part for the seeds a little too wide.)"""
+    gain = float(truth(1.0) - truth(2.0))
+    hits = 0
+    for seed in range(200):
+        scores = simulate(truth, seed, examples=100, **noise)
+        low, high = interval(fit_power_law(scores.size_K, replicate(scores, num=400)).doubling)
+        hits += low <= gain <= high
+    assert hits >= 181
+
+
+def test_each_source_of_chance_has_its_share() -> None:
+    """With chance of one kind alone the replicates of the other hardly move, and Student's factor is there."""
+    few = simulate(law(0.3, 0.1, 0.5), 1, by_size=0.0, difficulty=0.0, training=0.01, examples=50)
+    assert replicate(few, seeds=False).std(0).max() < 1e-9
+    moved = replicate(few, examples=False, num=20_000) - few.mean_K
+    error_K = few.mean_KS.std(-1, ddof=1) / np.sqrt(3)
+    low, high = np.quantile(moved[:, 0], [0.025, 0.975])
+    assert (high - low) / 2 == pytest.approx(4.303 * error_K[0], rel=0.1)  # t with 2 degrees of freedom
+    alone = simulate(law(0.3, 0.1, 0.5), 1, seeds=1)
+    with pytest.raises(ValueError, match="one seed"):
+        replicate(alone)
+
+
+def test_a_falling_curve_and_a_saturated_one() -> None:
+    truth = law(0.3, 0.1, 0.5)
+    for seed in range(5):
+        found = judge(simulate(truth, seed), base=1.0)
+        assert found["kind"] == "falls", found
+        low, high = found["doubling"]["ci95"]
+        assert low <= found["doubling"]["nats"] <= high
+        words = f"by {found['doubling']['nats']:.4f} ± {found['doubling']['half_width']:.4f} nats per token"
+        assert words in found["verdict"]
+        assert found["reasons"] == []
+    kinds = [judge(simulate(law(0.3, 0.0, 0.5), s, examples=100), base=1.0)["kind"] for s in range(20)]
+    assert kinds.count("saturated") >= 18  # 95% intervals may be wrong once in twenty
+    saturated = judge(simulate(law(0.3, 0.0, 0.5), 0), base=1.0)
+    assert "More data of this kind is not expected to help" in saturated["verdict"]
+    assert saturated["doubling"]["ci95"][1] < 0.07
+
+
+def test_points_that_cannot_answer() -> None:
+    truth = law(0.3, 0.1, 0.5)
+    cases = [
+        (simulate(truth, 0, training=0.2), "most of that is the chance of the seeds, so raise --seeds"),
+        (simulate(truth, 0, by_size=2.0, examples=30), "of the held-out examples, so give more held-out rows"),
+        (simulate(truth, 0, seeds=1), "one seed tells nothing of chance"),
+        (simulate(truth, 0, examples=12), "12 held-out examples are too few"),
+        (simulate(lambda n: 0.3 + 0.05 * np.asarray(n), 0, training=0.001), "NLL rises by"),
+        (simulate(lambda n: 0.5 - 0.2 * np.asarray(n) ** 3, 0, training=0.001), "no power law goes through them"),
+    ]
+    for scores, words in cases:
+        found = judge(scores, base=1.0)
+        assert found["kind"] == "none", (words, found)
+        assert words in found["verdict"]
+        assert found["verdict"].startswith("These points can't support an answer: ")
+    seen = judge(simulate(truth, 0), 1.0, ["the held-out data is the training data"])
+    assert "the held-out data is the training data" in seen["verdict"]
+    # What little a doubling brings is much where training gained little.
+    assert judge(simulate(law(0.3, 0.0, 0.5), 0), base=0.31)["kind"] == "none"
+
+
+def test_an_exponent_that_is_open_is_said_to_be() -> None:
+    assert judge(simulate(law(0.3, 0.0, 0.5), 0), base=1.0)["power_law"]["determined"] is False
+    sharp = simulate(law(0.3, 0.1, 0.5), 0, training=3e-4, by_size=3e-3)
+    found = judge(sharp, base=1.0)["power_law"]
+    assert found["determined"] is True
+    assert found["c_ci95"][0] <= 0.5 <= found["c_ci95"][1]
+
+
+def test_an_answer_is_a_function_of_the_points() -> None:
+    first, second = (judge(simulate(law(0.3, 0.1, 0.5), 3), base=1.0) for _ in range(2))
+    assert first == second
