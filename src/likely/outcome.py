@@ -15,7 +15,7 @@ from likely.data.trie import entropy_floor
 from likely.insight import evaluate as evaluation
 from likely.insight import guard as guarding
 from likely.insight import measures
-from likely.insight.generation import Asked, judge_answers, questions
+from likely.insight.generation import Asked, intervals_of_answers, judge_answers, questions
 from likely.insight.lens import compare_next_token, next_token_logprobs
 from likely.insight.movement import ends_of_answers, moved_rows
 from likely.insight.report import Answer
@@ -171,11 +171,15 @@ def guard_figures(
     return guarding.judge(yardsticks.guard, tuned.guard, base.guard if base else None, max_gain)
 
 
-def generation_figures(yardsticks: Yardsticks, state: Look | None) -> dict[str, Any] | None:
-    """See :func:`likely.insight.generation.judge_answers`."""
-    if state is None or not state.answers:
-        return None
-    return judge_answers([question.gold for question in yardsticks.asked], state.answers)
+def generation_figures(yardsticks: Yardsticks, tuned: Look | None, base: Look | None) -> dict[str, Any]:
+    """``{"tuned", "base", "ci95"}``: see :func:`likely.insight.generation.judge_answers` and
+    :func:`likely.insight.generation.intervals_of_answers`; None where nothing was answered."""
+    gold = [question.gold for question in yardsticks.asked]
+    looks = {"tuned": tuned, "base": base}
+    answers = {state: each.answers if each and each.answers else None for state, each in looks.items()}
+    found: dict[str, Any] = {state: own and judge_answers(gold, own) for state, own in answers.items()}
+    own = answers["tuned"]
+    return found | {"ci95": own and intervals_of_answers(gold, own, answers["base"])}
 
 
 def changes(yardsticks: Yardsticks, before: Look, after: Look) -> dict[str, Any]:
@@ -205,9 +209,7 @@ def changes(yardsticks: Yardsticks, before: Look, after: Look) -> dict[str, Any]
         "ends": ends_of_answers(examples, before.scores, after.scores, _stops(yardsticks)),
         "answers": answers,
         "held_out": held_out_figures(yardsticks, after, before),
-        "generation": {
-            state: generation_figures(yardsticks, each) for state, each in (("base", before), ("tuned", after))
-        },
+        "generation": generation_figures(yardsticks, after, before),
     }
 
 
@@ -241,5 +243,5 @@ def evaluation_figures(
         "data": {"path": yardsticks.held_out.path, "sha256": yardsticks.held_out.sha256},
         "retain": retain_figures(yardsticks, tuned, base),
         "guard": guard_figures(yardsticks, tuned, base, max_gain),
-        "generation": {"tuned": generation_figures(yardsticks, tuned), "base": generation_figures(yardsticks, base)},
+        "generation": generation_figures(yardsticks, tuned, base),
     }

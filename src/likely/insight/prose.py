@@ -120,16 +120,22 @@ def _slices(slices: dict[str, Any], base: str | None) -> list[str]:
 
 
 def _generation(generation: dict[str, Any]) -> list[str]:
-    if not generation["tuned"]:
+    own, base = generation["tuned"], generation["base"]
+    if not own:
         return []
-    lines = ["", f"greedy answers to {generation['tuned']['num']} prompts"]
-    for key, value in generation["tuned"].items():
-        if key != "num":
-            other = generation["base"] and generation["base"][key]
-            lines.append(
-                f"  {key:16} {_figure(value):>9}" + (f"   base {_figure(other):>9}" if generation["base"] else "")
-            )
-    if generation["tuned"]["chrf"] is None or generation["tuned"]["rouge1"] is None:
+    intervals = generation["ci95"]
+    lines = ["", f"greedy answers to {own['num']} prompts"]
+    for key, value in own.items():
+        if key == "num":
+            continue
+        line = f"  {key:16} {_figure(value):>9} {_interval(intervals['tuned'].get(key))}"
+        if base:
+            change = intervals["change"].get(key)
+            line += f"   base {_figure(base[key]):>9}"
+            if change and change["value"] is not None:
+                line += f"   change {change['value']:+.4f}{_interval(change['ci95'], '+')}"
+        lines.append(line.rstrip())
+    if own["chrf"] is None or own["rouge1"] is None:
         lines.append("  chrF, BLEU and ROUGE need pip install 'likely[metrics]'")
     return lines
 
