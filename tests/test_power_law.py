@@ -130,6 +130,14 @@ def test_a_falling_curve_and_a_saturated_one() -> None:
     assert saturated["doubling"]["ci95"][1] < 0.07
 
 
+def undertrained() -> Scores:
+    """What the demo's capitals gave in one pass (docs/log.md): the smallest size had two steps."""
+    mean_KS = [[0.4385, 0.4792, 0.4163], [0.2905, 0.2874, 0.3154], [0.2745, 0.2625, 0.2682], [0.2206, 0.2333, 0.2485]]
+    apart_KN = np.random.default_rng(0).normal(0, 0.03, (4, 40))
+    apart_KN -= apart_KN.mean(-1, keepdims=True)
+    return Scores(SIZES, np.array(mean_KS)[:, :, None] + apart_KN[:, None], np.ones(40))
+
+
 def test_points_that_cannot_answer() -> None:
     truth = law(0.3, 0.1, 0.5)
     cases = [
@@ -138,6 +146,7 @@ def test_points_that_cannot_answer() -> None:
         (simulate(truth, 0, seeds=1), "one seed tells nothing of chance"),
         (simulate(truth, 0, examples=12), "12 held-out examples are too few"),
         (simulate(lambda n: 0.3 + 0.05 * np.asarray(n), 0, training=0.001), "NLL rises by"),
+        (undertrained(), "the last doublings lowered"),
         (simulate(lambda n: 0.5 - 0.2 * np.asarray(n) ** 3, 0, training=0.001), "no power law goes through them"),
     ]
     for scores, words in cases:

@@ -43,26 +43,31 @@ def judge(scores: Scores, base: float, against: Sequence[str] = ()) -> dict[str,
     other_BK = replicate(scores, seeds=has_seeds)
     laws = fit_power_law(scores.size_K, other_BK)
     low, high = interval(laws.doubling)
-    doubling = {"nats": float(law.doubling[0]), "ci95": (low, high), "half_width": (high - low) / 2}
+    nats, half = float(law.doubling[0]), (high - low) / 2
+    doubling = {"nats": nats, "ci95": (low, high), "half_width": half}
+    slope = float(slope_per_doubling(scores.size_K, mean_K[None])[0])
+    slope_ci95 = interval(slope_per_doubling(scores.size_K, other_BK))
     parts = spread(scores, lambda nll_BK: fit_power_law(scores.size_K, nll_BK).doubling) if has_seeds else None
     gained = base - float(mean_K[-1])
     reasons = [*against, *_against(scores, law, other_BK, laws)]
     kind = "none"
-    if not reasons:
-        kind = "falls" if low > 0 else "saturated" if high <= SMALL * gained else "none"
-        if kind == "none":
-            reasons = [_too_wide(low, high, parts)]
-    slope_B = slope_per_doubling(scores.size_K, other_BK)
+    if reasons:
+        pass
+    elif low > 0 and nats > half:  # where the interval is lopsided, "x ± y" must not hold 0 either
+        kind = "falls"
+    elif slope_ci95[0] > 0:
+        reasons = [_disagreeing(nats, half, slope)]
+    elif high <= SMALL * gained:
+        kind = "saturated"
+    else:
+        reasons = [_too_wide(low, high, parts)]
     return {
         "kind": kind,
         "verdict": _verdict(kind, reasons, doubling, float(mean_K[-1]), gained),
         "reasons": reasons,
         "doubling": doubling,
         "power_law": _law(law, laws),
-        "log_linear": {
-            "per_doubling": float(slope_per_doubling(scores.size_K, mean_K[None])[0]),
-            "ci95": interval(slope_B),
-        },
+        "log_linear": {"per_doubling": slope, "ci95": slope_ci95},
         "spread": parts,
         "size_ci95": [interval(column) for column in other_BK.T],
     }
@@ -108,6 +113,14 @@ def _too_wide(low: float, high: float, parts: dict[str, float] | None) -> str:
     return (
         f"twice the data could change held-out NLL by anything from {-high:+.4f} to {-low:+.4f} nats per token;"
         f" most of that is the chance of the {most}, so {more}"
+    )
+
+
+def _disagreeing(nats: float, half: float, slope: float) -> str:
+    return (
+        f"the last doublings lowered held-out NLL by {slope:.4f} nats per token beyond chance, and a law through all"
+        f" sizes expects {nats:.4f} ± {half:.4f} of the next; give more --seeds, or leave out the smallest --shares,"
+        " which may be trained too little to lie on one curve with the others"
     )
 
 
