@@ -223,6 +223,7 @@ def test_a_folder_with_something_in_it(lora_world: Any, tmp_path: Path) -> None:
 def test_a_run_that_never_saved_anything_is_begun_again(lora_world: Any, tmp_path: Path) -> None:
     run = unfinished(lora_world, tmp_path / "run")
     shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "report", ignore_errors=True)
     for path in run.iterdir():
         if path.name not in {"run.json", "config.yaml", "metrics.jsonl"}:
             path.unlink()
