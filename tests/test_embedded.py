@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from likely import run
-from likely.config import Config
+from likely.config import Config, demo_config
 from likely.model.embedded import embedded_folder
 from likely.training.log import Display
 
@@ -80,7 +80,7 @@ def test_the_saved_model_has_the_reported_likelihood(tmp_path: Path, maths: tupl
 
 def test_demo_teaches_the_capital(tmp_path: Path) -> None:
     """A few steps of the demo are enough to see the gold token rise and the rivals fall."""
-    config = run.demo_config(str(tmp_path / "demo"), steps=4).model_copy(update={"num_answers": 2})
+    config = demo_config(str(tmp_path / "demo"), steps=4).model_copy(update={"num_answers": 2})
     result = run.train(config, Display(quiet=True))
     gold, *rivals, _ = result.report["lens"]["rows"]
     assert gold["text"] == "Paris"

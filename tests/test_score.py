@@ -140,8 +140,7 @@ def test_scores_of_other_data_or_weights_are_not_gone_on_with(
             Model(),
             examples,
             64,
-            track=lambda items, *_: items,
-            say=lambda _: None,  # type: ignore[arg-type]
+            display=Display(quiet=True),
         ):
             pass
 
@@ -159,9 +158,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path) -> None:
         fcntl.flock(held, fcntl.LOCK_EX)
         with (
             pytest.raises(likely.LockedError, match="another process"),
-            score_log.logged_scores(
-                path, b"k" * 32, _shares(), [], 64, track=lambda items, *_: items, say=lambda _: None
-            ),
+            score_log.logged_scores(path, b"k" * 32, _shares(), [], 64, display=Display(quiet=True)),
         ):
             pass
 

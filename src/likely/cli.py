@@ -12,11 +12,12 @@ from typing import Annotated, Any
 
 import typer
 
-from likely import __version__
+from likely import __version__, launched
 from likely.complaints import of_flag
 from likely.config import (
     Config,
     Launch,
+    demo_config,
     make_settings,
     make_training,
     over_file,
@@ -46,7 +47,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-# What a file system says of itself, not of what it was asked.
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout, and nothing else there")]
 Data = Annotated[
     str,
@@ -84,11 +84,13 @@ def train(
     file = config or config_flag
     values = over_file(read_yaml(file) if file else {}, settings)
     wanted, launch = make_training(stored_values(values), str(file) if file else "")
+    _in_processes(launch.nproc)
     from likely import run
     from likely.training.log import Display
 
     result = run.train(wanted, Display(), launch)
-    _print_run(result.report, result.folder, as_json)
+    if launched.speaks():  # and has the report
+        _print_run(result.report, result.folder, as_json)
 
 
 @app.command("check")
@@ -129,7 +131,7 @@ def demo(
     from likely import run
     from likely.training.log import Display
 
-    result = run.train(run.demo_config(output, steps=steps), Display())
+    result = run.train(demo_config(output, steps=steps), Display())
     _print_run(result.report, result.folder, as_json)
 
 
@@ -147,6 +149,7 @@ def score(
     asked = make_settings(LookSettings, settings)
     if output is None and rank is None:
         raise ConfigError("nothing says what to do with the scores", way_out="give --output FILE, or --rank")
+    _in_processes(asked.nproc)
     from likely import look
     from likely.insight.ranking import Ranking
     from likely.insight.score_file import check_output, record_writer
@@ -156,7 +159,7 @@ def score(
         check_output(output, data)
     display = Display()
     ranking = Ranking(rank or 0)
-    with record_writer(output) if output is not None else nullcontext() as write:
+    with record_writer(output) if output is not None and launched.speaks() else nullcontext() as write:
         for record in look.score(data, asked, display, beside=output):
             ranking.add(record)
             if write is not None:
@@ -171,6 +174,7 @@ def score(
 def evaluate(settings: dict[str, Any], data: Data, as_json: Json = False) -> None:
     """Held-out negative log-likelihood and more, with intervals, beside a base model's."""
     asked = make_settings(EvaluateSettings, settings)
+    _in_processes(asked.nproc)
     from likely import look
     from likely.insight.guard import require_passed
     from likely.insight.prose import evaluation_text
@@ -330,7 +334,16 @@ def _complain(text: str) -> None:
 
 
 def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    if launched.speaks():
+        sys.stdout.write(text + "\n")
+
+
+def _in_processes(nproc: int | None) -> None:
+    """Do the same in several processes instead, where they are asked for and not there."""
+    if nproc is not None and nproc > 1 and launched.place().world_size == 1:
+        from likely.training.launch import run_on_this_machine
+
+        raise SystemExit(run_on_this_machine(nproc, sys.argv[1:]))
 
 
 def _say(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import itertools
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -210,6 +211,9 @@ class Launch(BaseModel):
         pattern=r"^(newest|step-\d{1,12})$",
         description="go on with the run in --output from its newest valid checkpoint, or from the one named: step-N",
     )
+    nproc: PositiveInt | None = Field(
+        None, description="processes on this machine that share the work [1; torchrun starts them on several]"
+    )
     track: Trackers | None = Field(
         None, description="tell the metrics to tensorboard, wandb, mlflow or trackio too; several separated by commas"
     )
@@ -365,3 +369,21 @@ def template_yaml() -> str:
         else:
             lines.append(f"# {key}: {yaml.safe_dump(field.default).removesuffix('...' + chr(10)).strip()}")
     return "\n".join(lines)
+
+
+def demo_config(output: str | None = None, *, steps: int | None = None) -> Config:
+    """The demo's training: the embedded model learns to answer a capital's name first. Without an ``output``, the first
+    of runs/demo, runs/demo-2, ... that is free."""
+    if output is None:
+        names = itertools.chain(["runs/demo"], (f"runs/demo-{i}" for i in itertools.count(2)))
+        output = next(name for name in names if not Path(name).exists())
+    data = Path(__file__).parent / "demo"
+    return Config(
+        model="smollm2-135m",
+        data=str(data / "train.jsonl"),
+        eval_data=str(data / "eval.jsonl"),
+        output=output,
+        learning_rate=3e-4,
+        **({"epochs": 2.0} if steps is None else {"steps": steps}),
+        num_answers=40,
+    )

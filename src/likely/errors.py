@@ -77,6 +77,12 @@ class LockedError(LikelyError):
     exit_code = 7
 
 
+def of_code(code: int) -> type[LikelyError]:
+    """The class of errors that a process ends with a code for."""
+    kinds = (ConfigError, DataError, ModelError, ResourceError, NonFiniteError, LockedError, GuardError)
+    return next((kind for kind in kinds if kind.exit_code == code), LikelyError)
+
+
 def quoted(value: object, length: int = 60) -> str:
     """A value of the user's, for one line of ours: a text in quotes and anything else as JSON, cut in its middle where
     it is longer than ``length`` characters."""

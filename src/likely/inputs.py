@@ -39,6 +39,11 @@ class Inputs:
     yardsticks: outcome.Yardsticks
     config: Config  # resolved: no None where a number is meant
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the result, but for the weights."""
+        eval_data = self.eval_data.sha256 if self.eval_data else None
+        return {"data": [self.data.sha256, eval_data], "renderer": self.renderer.identity(), **self.config.model_dump()}
+
 
 def read_inputs(config: Config, display: Display) -> Inputs:
     """Read and render all data of a training.
@@ -108,14 +113,15 @@ def _resolve(config: Config, **chosen: float) -> Config:
     )
 
 
-def load_model(inputs: Inputs, saved: Path | None = None) -> LanguageModel:
-    """The model that is to be trained: as its base is, or as this training saved it in a folder."""
+def load_model(inputs: Inputs, saved: Path | None = None, sharers: int = 1) -> LanguageModel:
+    """The model that is to be trained: as its base is, or as this training saved it in a folder. So many processes
+    share the host's memory."""
     config, dtype = inputs.config, models.choose_compute_dtype(inputs.config.dtype, models.best_device())
     if saved is not None:
         model = models.load_for_resuming(config.model, saved, compute_dtype=dtype)
     else:
         model = models.load_for_training(config.model, tuning_of(config), compute_dtype=dtype)
-    memory.set_limits(model, config.activation_checkpointing)
+    memory.set_limits(model, config.activation_checkpointing, sharers)
     if model.activation_room != 0:
         memory.keep_freed_memory()
     return model

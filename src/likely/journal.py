@@ -48,7 +48,7 @@ class Journal:
     step: int = 0
     skipped: int = 0
     best: tuple[int, float] | None = None
-    _evaluated: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> its evaluation
+    evaluated: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> its evaluation
     _whole: bool = True  # the weights are those after ``step``, and so are the metrics
     _saved_step: int = 0
     _saved_at: float = field(default_factory=time.monotonic)
@@ -62,7 +62,7 @@ class Journal:
             if "nll" in line:
                 self.steps.append(StepMetrics(**line))
             elif "evaluation" in line:
-                self._evaluated[line["step"]] = line["evaluation"]
+                self.evaluated[line["step"]] = line["evaluation"]
         self.step = self._saved_step = state.step
         self.skipped, self.best = state.skipped, state.best
 
@@ -113,20 +113,20 @@ class Journal:
         """A function of metrics.jsonl, so that a resumed run ends where an undisturbed one does."""
         if not self.patience or self.best is None:
             return False
-        return sum(step > self.best[0] for step in self._evaluated) >= self.patience
+        return sum(step > self.best[0] for step in self.evaluated) >= self.patience
 
     def record_evaluation(self) -> None:
         """Score the held-out data with the present weights, once for each step."""
-        if self.evaluate is not None and self.step not in self._evaluated:
+        if self.evaluate is not None and self.step not in self.evaluated:
             self.record(self.step, self.evaluate())
 
     def record(self, step: int, summary: Evaluation) -> None:
         """Note an evaluation of the weights after ``step`` steps, where the user asked for evaluations on the way."""
-        if not self.eval_every or step in self._evaluated:
+        if not self.eval_every or step in self.evaluated:
             return
         with stops.shield():
             self.metrics.write({"step": step, "evaluation": asdict(summary)})
-            self._evaluated[step] = asdict(summary)
+            self.evaluated[step] = asdict(summary)
             if step and (self.best is None or summary.nll < self.best[1]):
                 self.best = (step, summary.nll)
 
@@ -134,7 +134,7 @@ class Journal:
         """``{"step", "nll", "ci95"}`` of the held-out data: of the base at step 0, on the way, and of the tuned model
         at the step that was ``kept``."""
         ends = {step: asdict(summary) for step, summary in ((0, base), (kept, tuned)) if summary}
-        scores = sorted({**self._evaluated, **ends}.items())
+        scores = sorted({**self.evaluated, **ends}.items())
         return [{"step": step, "nll": score["nll"], "ci95": score["ci95"]} for step, score in scores]
 
     def catch_up(self) -> bool:

@@ -33,6 +33,7 @@ from likely.model.generate import greedy_answers
 from likely.model.place import Place, check_same_tokens, check_token_ids, choose_max_length, find_model, local_folder
 from likely.provenance import device_name, versions, weights_hash
 from likely.training.log import Display
+from likely.training.parallel import ALONE, Ranks, joined
 from likely.types import Conversation, Example, ExampleScore, Message, Source
 from likely.verb_settings import EvaluateSettings, ExplainSettings, LookSettings
 
@@ -63,7 +64,9 @@ def score(data: str, asked: LookSettings, display: Display, *, beside: Path | No
         "contradiction", "tokens": [{"id", "text", "role", "weight", "logprob", "rank", "entropy", "base_logprob"}]}``;
         null where nothing predicts the token, and where there is no base.
     """
-    yield from _records(_read(data, asked, display, keep_unweighted=True), asked, display, beside)
+    with joined() as ranks:
+        reading = _read(data, asked, display, ranks, keep_unweighted=True)
+        yield from _records(reading, asked, display, beside, ranks)
 
 
 def score_held_out(
@@ -90,10 +93,12 @@ def score_held_out(
     if held_out is None:
         raise DataError("no rows are held out", place=data, way_out="score a file with likely score")
     pack_tokens = default_pack_tokens(int(held_out.table.length_N.max()))
-    yield from _records(_Reading(place, tokenizer, judge, held_out, pack_tokens), asked, display, None)
+    yield from _records(_Reading(place, tokenizer, judge, held_out, pack_tokens), asked, display, None, ALONE)
 
 
-def _records(reading: _Reading, asked: LookSettings, display: Display, beside: Path | None) -> Iterator[dict[str, Any]]:
+def _records(
+    reading: _Reading, asked: LookSettings, display: Display, beside: Path | None, ranks: Ranks
+) -> Iterator[dict[str, Any]]:
     recorder = Recorder(reading.tokenizer)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="likely-"))) if beside is None else beside.parent
@@ -102,7 +107,9 @@ def _records(reading: _Reading, asked: LookSettings, display: Display, beside: P
         for state, model in (("model", asked.model), ("base", asked.base)):
             if model is not None:
                 logs.append(folder / f".{name}.{state}-scores")
-                scores.append(stack.enter_context(_logged(logs[-1], model, reading, display)))
+                scores.append(stack.enter_context(_logged(logs[-1], model, reading, display, ranks)))
+        if not ranks.first:
+            return
         for i, example in enumerate(reading.dataset.examples):
             yield recorder.record(example, scores[0][i], scores[1][i] if len(scores) > 1 else None)
         for log in logs:
@@ -110,7 +117,9 @@ def _records(reading: _Reading, asked: LookSettings, display: Display, beside: P
 
 
 @contextmanager
-def _logged(log: Path, model: str, reading: _Reading, display: Display) -> Iterator[Sequence[ExampleScore]]:
+def _logged(
+    log: Path, model: str, reading: _Reading, display: Display, ranks: Ranks
+) -> Iterator[Sequence[ExampleScore]]:
     loaded = models.load_model(model)
     place = find_model(model)
     about = {
@@ -124,14 +133,19 @@ def _logged(log: Path, model: str, reading: _Reading, display: Display) -> Itera
         "versions": versions(),
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).digest()
-    tools: dict[str, Any] = {"track": display.track, "say": display.say}
+    tools: dict[str, Any] = {"display": display, "ranks": ranks}
     with logged_scores(log, key, loaded, reading.dataset.examples, reading.pack_tokens, **tools) as scores:
         yield scores
 
 
 def evaluate(data: str, asked: EvaluateSettings, display: Display) -> dict[str, Any]:
     """Held-out figures of a model, of its base on the same examples, and their difference with paired intervals."""
-    reading = _read(data, asked, display)
+    with joined() as ranks:
+        return _evaluate(data, asked, display, ranks)
+
+
+def _evaluate(data: str, asked: EvaluateSettings, display: Display, ranks: Ranks) -> dict[str, Any]:
+    reading = _read(data, asked, display, ranks)
     length = choose_max_length(reading.place, asked.max_length)
     yardsticks = outcome.Yardsticks(
         reading.tokenizer,
@@ -144,14 +158,14 @@ def evaluate(data: str, asked: EvaluateSettings, display: Display) -> dict[str, 
         max_new_tokens=asked.generate_tokens,
     )
     looks = [
-        outcome.look(models.load_model(model), yardsticks, display, state) if model is not None else None
+        outcome.look(models.load_model(model), yardsticks, display, state, ranks) if model is not None else None
         for state, model in (("model", asked.model), ("base", asked.base))
     ]
     assert looks[0] is not None  # noqa: S101
     return outcome.evaluation_figures(yardsticks, looks[0], looks[1], asked.guard_max_gain)
 
 
-def _read(data: str, asked: LookSettings, display: Display, *, keep_unweighted: bool = False) -> _Reading:
+def _read(data: str, asked: LookSettings, display: Display, ranks: Ranks, *, keep_unweighted: bool = False) -> _Reading:
     """The examples as the model reads them; a base must read them in the same tokens."""
     place = find_model(asked.model)
     tokenizer = load_tokenizer(place.tokenizer)
@@ -159,7 +173,8 @@ def _read(data: str, asked: LookSettings, display: Display, *, keep_unweighted: 
     options = read_options(asked.format, asked.columns, asked.on_bad_row == "skip", asked.seed)
     length = choose_max_length(place, asked.max_length)
     request = Request(data, renderer, length, options, asked.on_too_long, keep_unweighted=keep_unweighted)
-    dataset = load_kept(request, display.counting)
+    dataset = ranks.one_host_one_maker(lambda: load_kept(request, display.counting))
+    ranks.require_same("the data", [dataset.sha256, renderer.identity()])
     if asked.on_bad_row != "error" or asked.on_too_long != "error":  # then not every row may be among the figures
         for line in dataset.told:
             display.say(line)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from likely.insight.report import Answer
 from likely.model.forward import LanguageModel
 from likely.model.generate import Generated, greedy_answers
 from likely.training.log import Display
+from likely.training.parallel import ALONE, Ranks
 from likely.types import Example, ExampleScore
 
 MAX_FLOOR_TOKENS = 20_000_000  # about 2 GB of trie
@@ -80,13 +81,15 @@ def first_prediction(example: Example) -> tuple[list[int], int]:
     return example.token_ids_T[:first].tolist(), int(example.token_ids_T[first])
 
 
-def look(model: LanguageModel, yardsticks: Yardsticks, display: Display, state: str) -> Look:
-    """Score everything under the model."""
+def look(model: LanguageModel, yardsticks: Yardsticks, display: Display, state: str, ranks: Ranks = ALONE) -> Look:
+    """Score everything under the model: some of it on each rank, and all that was found is known to all."""
 
     def score(examples: Sequence[Example]) -> list[ExampleScore]:
         tokens = yardsticks.pack_tokens or 0
         longest = default_pack_tokens(max(len(e.token_ids_T) for e in examples))
-        return evaluation.score_examples(model, examples, max(tokens, longest) if tokens else longest, display.track)
+        return evaluation.score_examples(
+            model, examples, max(tokens, longest) if tokens else longest, display.track, ranks
+        )
 
     scores = summary = next_token = None
     if yardsticks.held_out is not None:
@@ -99,22 +102,30 @@ def look(model: LanguageModel, yardsticks: Yardsticks, display: Display, state: 
     retain = score(yardsticks.retain.examples) if yardsticks.retain else None
     guard = yardsticks.guard
     guarded = guarding.log_likelihoods(guard, score(guard.examples)) if guard else None
-    return Look(scores, summary, next_token, _answers(model, yardsticks, display), retain, guarded)
+    return Look(scores, summary, next_token, _answers(model, yardsticks, display, ranks), retain, guarded)
 
 
-def _answers(model: LanguageModel, yardsticks: Yardsticks, display: Display) -> list[Generated]:
+def _answers(model: LanguageModel, yardsticks: Yardsticks, display: Display, ranks: Ranks) -> list[Generated]:
     asked = yardsticks.asked
     if not asked:
         return []
     longest = 2 * max(question.gold_tokens for question in asked) + 16
-    return greedy_answers(
+
+    def track(batches: Any, title: str, _: int) -> Iterable[Any]:
+        own = list(batches)[ranks.rank :: ranks.world_size]
+        return display.track(own, title, len(own))
+
+    answers = greedy_answers(
         model,
         yardsticks.tokenizer,
         [question.context for question in asked],
         stop_id=yardsticks.renderer.end_of_turn.token_id,
         max_new_tokens=yardsticks.max_new_tokens or longest,
-        track=display.track,
+        track=track,
     )
+    # Every answer has a token, on the rank that gave it.
+    of_ranks = ranks.gather_json([asdict(answer) for answer in answers])
+    return [Generated(**next(a for a in given if a["num_tokens"])) for given in zip(*of_ranks, strict=True)]
 
 
 def held_out_figures(yardsticks: Yardsticks, tuned: Look, base: Look | None) -> dict[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from likely import manifest, outcome, provenance, run_folder, stops, storage
+from likely import launched, manifest, outcome, provenance, run_folder, stops, storage
 from likely.config import Config, Launch, to_yaml
 from likely.data.order import num_steps
 from likely.inputs import Inputs, load_model, plan_of, read_inputs
@@ -23,8 +22,9 @@ from likely.model.forward import LanguageModel
 from likely.model.fuse import fusing
 from likely.training import engine
 from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint
-from likely.training.log import Display, MetricsFile
+from likely.training.log import Display, MetricsFile, UnwrittenMetrics
 from likely.training.optim import build_optimizer
+from likely.training.parallel import Ranks, joined
 from likely.training.tracking import About, Tracking, tracked
 
 
@@ -48,44 +48,56 @@ def train(config: Config, display: Display, launch: Launch | None = None) -> Run
         Stopped: by a signal, after saving what is done.
     """
     launch = launch or Launch()
-    with (
-        stops.listening(),
-        run_folder.claimed(config.output, resume=launch.resume is not None) as claim,
-        tracked(launch.trackers, display.say) as tracking,
-        claim.explaining(),
-    ):
-        return _train(config, launch, claim, tracking, display)
+    with stops.listening(), joined() as ranks:
+        launched.require(launch.nproc)
+        resume = launch.resume or ("newest" if ranks.restarted else None)  # what is started again goes on by itself
+        with (
+            run_folder.claimed(config.output, resume=resume is not None, first=ranks.first) as claim,
+            tracked(launch.trackers if ranks.first else [], display.say) as tracking,
+            claim.explaining(),
+        ):
+            return _train(config, resume, claim, tracking, display, ranks)
 
 
-def _train(config: Config, launch: Launch, claim: run_folder.Claim, tracking: Tracking, display: Display) -> Run:
+def _train(
+    config: Config, resume: str | None, claim: run_folder.Claim, tracking: Tracking, display: Display, ranks: Ranks
+) -> Run:
     folder = claim.folder
-    start = run_folder.find_start(folder, launch.resume, display.say)
+    start = run_folder.find_start(folder, resume, display.say) if ranks.first else run_folder.Start()
+    start = run_folder.Start.of(ranks.first_says(start.told()))
     if start.finished:
         display.say(f"{folder}: this run is finished, so there is nothing to resume")
         return Run(folder, run_folder.read_report(folder) or {})
-    inputs = read_inputs(config, display)
-    model = load_model(inputs)
+    inputs = ranks.one_host_one_maker(lambda: read_inputs(config, display))
+    model = load_model(inputs, sharers=ranks.local_world_size)
+    if not ranks.alone:
+        ranks.require_same("the settings, the data or the weights", [inputs.identity(), models.checksum(model)])
     for note in model.kernels.notes:
         display.say(note)
     if not model.shares:
         display.say("this model's layers can't follow a branching prefix: each example is computed on its own")
-    session = _begin(inputs, model, start, claim, tracking, display)
-    before = outcome.look(model, inputs.yardsticks, display, "base")
+    session = _begin(inputs, model, start, claim, tracking, display, ranks)
+    before = outcome.look(model, inputs.yardsticks, display, "base", ranks)
     if before.summary:
         session.journal.record(0, before.summary)
     if start.manifest is not None:
         del model  # before the next is loaded: two may not fit
-        model = load_model(inputs, start.checkpoint.folder / "model" if start.checkpoint else folder / "model")
+        saved = start.checkpoint.folder / "model" if start.checkpoint else folder / "model"
+        model = load_model(inputs, saved, ranks.local_world_size)
     if not start.trained:
         _run_steps(model, session, start)
         best = session.best_step
         if best is not None and best != session.journal.step:
             del model
-            model = load_model(inputs, folder / "checkpoints" / name_of(best) / "model")
-        _save_tuned(model, session)
-    after = outcome.look(model, inputs.yardsticks, display, "tuned")
+            ranks.agree()  # that it is saved
+            model = load_model(inputs, folder / "checkpoints" / name_of(best) / "model", ranks.local_world_size)
+        if ranks.first:
+            _save_tuned(model, session)
+    after = outcome.look(model, inputs.yardsticks, display, "tuned", ranks)
     if after.summary and session.best_step is None:
         session.journal.record(session.total, after.summary)
+    if not ranks.first:
+        return Run(folder, {})
     report = _compose_report(session, before, after)
     with storage.disk_errors(folder, "the report"):
         write_report(report, provenance.published(inputs.config.model_dump(), session.origins, inputs.place), folder)
@@ -104,6 +116,7 @@ class _Session:
     origins: dict[str, Any]
     about: dict[str, Any]
     journal: Journal
+    ranks: Ranks
 
     @property
     def best_step(self) -> int | None:
@@ -119,10 +132,38 @@ def _begin(
     claim: run_folder.Claim,
     tracking: Tracking,
     display: Display,
+    ranks: Ranks,
 ) -> _Session:
     """Write down what is about to be done, after comparing it with what was begun."""
     config, folder = inputs.config, claim.folder
     total = num_steps(len(inputs.data.examples), config.batch_size, config.epochs, config.steps)
+    origins, about = dict[str, Any](), dict[str, Any]()
+    metrics: MetricsFile = UnwrittenMetrics(folder / "metrics.jsonl")
+    if ranks.first:
+        origins, about = _write_beginning(inputs, model, start, folder, total)
+        tracking.start(About(str(origins["run_id"]), folder.name, folder, config.model_dump()))
+        metrics = MetricsFile(folder / "metrics.jsonl", tracking.tell)
+    journal = Journal(
+        metrics,
+        total,
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        skip_nonfinite=config.skip_nonfinite,
+        patience=config.patience,
+        say=display.say,
+        require=claim.require,
+    )
+    if start.state is not None:
+        journal.remember(start.state)
+        journal.evaluated = dict(ranks.first_says(list(journal.evaluated.items())))
+    return _Session(inputs, claim, display, total, origins, about, journal, ranks)
+
+
+def _write_beginning(
+    inputs: Inputs, model: LanguageModel, start: run_folder.Start, folder: Path, total: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of run.json, and what goes into the manifest of all that is saved."""
+    config = inputs.config
     origins = provenance.describe(
         model, inputs.place, inputs.tokenizer, inputs.data, inputs.eval_data, seed=config.seed, num_steps=total
     )
@@ -143,24 +184,12 @@ def _begin(
         for name, dataset in (("rejected.jsonl", inputs.data), ("rejected-eval.jsonl", inputs.eval_data)):
             if dataset and dataset.rejected:
                 storage.replace_file(folder / name, dataset.rejected_lines().encode())
-    tracking.start(About(str(origins["run_id"]), folder.name, folder, config.model_dump()))
-    journal = Journal(
-        MetricsFile(folder / "metrics.jsonl", tracking.tell),
-        total,
-        eval_every=config.eval_every,
-        save_every=config.save_every,
-        skip_nonfinite=config.skip_nonfinite,
-        patience=config.patience,
-        say=display.say,
-        require=claim.require,
-    )
-    if start.state is not None:
-        journal.remember(start.state)
-    return _Session(inputs, claim, display, total, origins, about, journal)
+    return origins, about
 
 
 def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start) -> None:
     config, journal, inputs, display = session.inputs.config, session.journal, session.inputs, session.display
+    ranks = session.ranks
     optimizer = build_optimizer(model.network.parameters(), config.weight_decay)
     if start.checkpoint is not None:
         restore(start.checkpoint, model.network, optimizer)
@@ -180,18 +209,20 @@ def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start)
     def evaluate() -> evaluation.Evaluation:
         assert inputs.eval_data is not None  # noqa: S101
         examples = inputs.eval_data.examples
-        scores = evaluation.score_examples(model, examples, config.pack_tokens or 0)
+        scores = evaluation.score_examples(model, examples, config.pack_tokens or 0, ranks=ranks)
         return evaluation.summarize(examples, scores, inputs.tokenizer)
 
-    journal.save, journal.evaluate = save, evaluate if inputs.eval_data else None
+    journal.evaluate = evaluate if inputs.eval_data else None
+    if ranks.first:
+        journal.save = save
     fused = fusing(model.device, display.say)
-    with display.training(session.total, journal.step) as show, journal.guarding(), fused:
+    with display.training(session.total, journal.step) as show, journal.guarding(), ranks.together(), fused:
         journal.show = show
         if journal.catch_up():
             return
         examples = inputs.data.examples
         plan = plan_of(config, session.total, examples)
-        engine.train(model, examples, optimizer, plan, journal, steps_done=journal.step)
+        engine.train(model, examples, optimizer, plan, journal, steps_done=journal.step, ranks=ranks)
 
 
 def _save_tuned(model: LanguageModel, session: _Session) -> None:
@@ -229,22 +260,4 @@ def _compose_report(session: _Session, before: outcome.Look, after: outcome.Look
         retain=outcome.retain_figures(yardsticks, after, before),
         guard=outcome.guard_figures(yardsticks, after, before, config.guard_max_gain),
         **outcome.changes(yardsticks, before, after),
-    )
-
-
-def demo_config(output: str | None = None, *, steps: int | None = None) -> Config:
-    """The demo's training: the embedded model learns to answer a capital's name first. Without an ``output``, the first
-    of runs/demo, runs/demo-2, ... that is free."""
-    if output is None:
-        names = itertools.chain(["runs/demo"], (f"runs/demo-{i}" for i in itertools.count(2)))
-        output = next(name for name in names if not Path(name).exists())
-    data = Path(__file__).parent / "demo"
-    return Config(
-        model="smollm2-135m",
-        data=str(data / "train.jsonl"),
-        eval_data=str(data / "eval.jsonl"),
-        output=output,
-        learning_rate=3e-4,
-        **({"epochs": 2.0} if steps is None else {"steps": steps}),
-        num_answers=40,
     )

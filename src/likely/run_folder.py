@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,24 @@ class Start:
     trained: bool = False
     finished: bool = False
 
+    def told(self) -> dict[str, Any]:
+        """For the other ranks, in what JSON knows."""
+        own = {"run_id": self.run_id, "manifest": self.manifest, "trained": self.trained, "finished": self.finished}
+        return own | {
+            "state": asdict(self.state) if self.state else None,
+            "checkpoint": str(self.checkpoint.folder) if self.checkpoint else None,
+        }
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Start:
+        """What the first rank has told."""
+        state = State.of(told["state"]) if told["state"] else None
+        checkpoint = None
+        if told["checkpoint"] is not None:
+            assert state is not None  # noqa: S101
+            checkpoint = Checkpoint(Path(told["checkpoint"]), state, told["manifest"])
+        return cls(told["run_id"], told["manifest"], state, checkpoint, told["trained"], told["finished"])
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -104,9 +122,9 @@ class Claim:
 
 
 @contextmanager
-def claimed(output: str, *, resume: bool, layout: Layout = RUN) -> Iterator[Claim]:
+def claimed(output: str, *, resume: bool, layout: Layout = RUN, first: bool = True) -> Iterator[Claim]:
     """Make the folder if need be and hold its lock. If it was free and nothing of worth was saved in it, it is left
-    empty; whatever a run did not write itself is never touched.
+    empty; whatever a run did not write itself is never touched. Of several ranks the first does that for all.
 
     Raises:
         ConfigError: it is a file, or holds something already and is not to be resumed.
@@ -114,6 +132,9 @@ def claimed(output: str, *, resume: bool, layout: Layout = RUN) -> Iterator[Clai
         ResourceError: it can't be made or written to.
     """
     folder = Path(output)
+    if not first:
+        yield Claim(folder, lambda: None)
+        return
     if folder.exists() and not folder.is_dir():
         raise ConfigError("this is a file", place=output, way_out="name a folder for the run")
     existed = folder.is_dir()

@@ -97,6 +97,11 @@ def check() -> None:
         raise Stopped(_State.first)
 
 
+def excuse() -> None:
+    """Say that the main thread ends for another reason, so that a signal that came meanwhile need not end it."""
+    _State.raised = _State.raised or _State.first is not None
+
+
 @contextmanager
 def shield() -> Iterator[None]:
     """Let signals wait until what is inside is whole. Shields nest; only the main thread's count."""
@@ -146,14 +151,17 @@ def _watch(receiver: socket.socket) -> None:
     first = _next_signal(receiver)
     if first is None:
         return
-    ready, _, _ = select.select([receiver], [], [], PATIENCE)
+    # A launcher passes on what this process may have heard by itself, so a second signal means nothing; and it ends
+    # whoever does not obey.
+    launched = "TORCHELASTIC_RUN_ID" in os.environ
+    ready, _, _ = select.select([] if launched else [receiver], [], [], PATIENCE)
     if not ready and not _State.raised:
         with _State.lock:  # the main thread may be inside a shield, and raise at its end
             if not _State.raised:
                 _State.raised = True
                 _end(first, _State.rescue)
     second = _next_signal(receiver)
-    if second is not None:
+    if second is not None and not launched:
         _end(second, None)
 
 
@@ -170,14 +178,38 @@ def _next_signal(receiver: socket.socket) -> int | None:
 
 
 def _end(signum: int, rescue: Callable[[], None] | None) -> None:
+    _leave(str(Stopped(signum)), 128 + signum, rescue)
+
+
+def abandon(words: str, exit_code: int, *, rescue: bool) -> None:
+    """End the process from another thread than the main one, which waits for what will not come.
+
+    Args:
+        words: what to say; nothing where it is empty.
+        rescue: whether the weights are whole, so that the rescue can save them.
+    """
+    _leave(words, exit_code, _State.rescue if rescue else None)
+
+
+@contextmanager
+def left_to_others() -> Iterator[None]:
+    """Inside, signals are for code that brings handlers of its own."""
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+
+
+def _leave(words: str, exit_code: int, rescue: Callable[[], None] | None) -> None:
     """End the process from this thread; nothing else can be trusted to run."""
-    words = str(Stopped(signum))
     if rescue is not None:
         try:
             rescue()
         except Exception as error:
             words = f"{words}; {error}"
     with suppress(OSError, ValueError):
-        sys.stderr.write(f"error: {words}\n")
-        sys.stderr.flush()
-    os._exit(128 + signum)
+        if words:
+            sys.stderr.write(f"error: {words}\n")
+            sys.stderr.flush()
+    os._exit(exit_code)

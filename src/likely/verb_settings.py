@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from likely.config import (
+    SETTINGS_OF_TRAINING,
     Config,
     DataFiles,
     Day,
@@ -21,7 +22,7 @@ from likely.config import (
 
 
 def _as_in_training(key: str) -> Any:
-    return Config.model_fields[key]
+    return SETTINGS_OF_TRAINING[key]
 
 
 class ExplainSettings(BaseModel):
@@ -105,6 +106,7 @@ class LookSettings(BaseModel):
     on_too_long: Literal["error", "drop", "truncate_left", "truncate_right"] = _as_in_training("on_too_long")
     max_length: PositiveInt | None = _as_in_training("max_length")
     seed: int = Field(0, ge=0, lt=2**64, description="chooses the rows of a mix of files")
+    nproc: PositiveInt | None = _as_in_training("nproc")
 
 
 class EvaluateSettings(LookSettings):

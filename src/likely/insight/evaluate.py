@@ -20,6 +20,7 @@ from likely.data.table import OnDemand
 from likely.data.trie import build_pack
 from likely.model.forward import LanguageModel
 from likely.training.objective import score_edges
+from likely.training.parallel import ALONE, Ranks
 from likely.types import Example, ExampleScore, FloatArray
 
 RESAMPLES = 2000
@@ -28,17 +29,45 @@ Track = Callable[[Iterable[list[int]], str, int], Iterable[list[int]]]
 
 
 def score_examples(
-    model: LanguageModel, examples: Sequence[Example], pack_tokens: int, track: Track | None = None
+    model: LanguageModel,
+    examples: Sequence[Example],
+    pack_tokens: int,
+    track: Track | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[ExampleScore]:
     """Log-probability, rank and entropy at every token that something predicts, weighted or not (so that both the
     conditional and the joint likelihood can be read off); nan elsewhere. Common prefixes are computed once over all
-    examples."""
+    examples. Of several ranks each scores some packs, the same ones that one process would, and all get all scores."""
     columns_N = [np.full((NUM_COLUMNS, len(e.token_ids_T)), np.nan) for e in examples]
     plan = plan_scoring(model, examples, pack_tokens)
-    for chosen in track(plan, "scoring", len(plan)) if track else plan:
-        for i, columns in zip(chosen, score_together(model, examples, chosen), strict=True):
-            columns_N[i][:, 1:] = columns
+    dealt = deal_plan(examples, plan, ranks.world_size)
+    own = [plan[entry] for entry in dealt[ranks.rank]]
+    scored = [
+        column.ravel()
+        for chosen in (track(own, "scoring", len(own)) if track else own)
+        for column in score_together(model, examples, chosen)
+    ]
+    for entries, values in zip(dealt, ranks.gather(np.concatenate([*scored, np.empty(0)])), strict=True):
+        start = 0
+        for i in (i for entry in entries for i in plan[entry]):
+            columns = columns_N[i][:, 1:]
+            columns[:] = values[start : start + columns.size].reshape(columns.shape)
+            start += columns.size
     return [ExampleScore(*columns) for columns in columns_N]
+
+
+def deal_plan(examples: Sequence[Example], plan: Sequence[list[int]], num_ranks: int) -> list[list[int]]:
+    """Which entries of a plan each rank scores: the longest first, each to the rank with the fewest tokens."""
+    if num_ranks == 1:
+        return [list(range(len(plan)))]
+    tokens_P = [sum(len(examples[i].token_ids_T) for i in chosen) for chosen in plan]
+    dealt: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for entry in sorted(range(len(plan)), key=lambda entry: (-tokens_P[entry], entry)):
+        rank = loads.index(min(loads))
+        dealt[rank].append(entry)
+        loads[rank] += tokens_P[entry]
+    return dealt
 
 
 def plan_scoring(model: LanguageModel, examples: Sequence[Example], pack_tokens: int) -> list[list[int]]:

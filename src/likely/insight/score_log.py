@@ -18,11 +18,14 @@ import numpy as np
 
 from likely.data.table import OnDemand
 from likely.errors import LockedError, ResourceError
-from likely.insight.evaluate import NUM_COLUMNS, plan_scoring, score_together
+from likely.insight.evaluate import NUM_COLUMNS, deal_plan, plan_scoring, score_together
 from likely.model.forward import LanguageModel
+from likely.training.log import Display
+from likely.training.parallel import ALONE, Ranks
 from likely.types import Example, ExampleScore
 
 KEY_BYTES, CRC_BYTES = 32, 4
+ROUND = 8  # entries for each rank between two writes
 Track = Callable[[Iterable[list[int]], str, int], Iterable[list[int]]]
 
 
@@ -34,10 +37,11 @@ def logged_scores(
     examples: Sequence[Example],
     pack_tokens: int,
     *,
-    track: Track,
-    say: Callable[[str], None],
+    display: Display,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Sequence[ExampleScore]]:
-    """The scores of all examples, read from the file when asked for; the file is left to whoever named it.
+    """The scores of all examples, read from the file when asked for; the file is left to whoever named it. Of several
+    ranks the first writes the file, and is the only one that can read it.
 
     Args:
         key: 32 bytes; a file with another key is of other weights, data or settings, and is begun anew.
@@ -47,6 +51,11 @@ def logged_scores(
         ResourceError: the disk refuses.
     """
     plan = plan_scoring(model, examples, pack_tokens)
+    if not ranks.first:
+        for _ in _records(model, examples, plan[ranks.first_says(None) :], display.track, ranks):
+            pass  # it is the first rank's to write
+        yield ()
+        return
     tokens_N = np.array([max(0, len(e.token_ids_T) - 1) for e in examples], np.int64)
     bytes_P = [CRC_BYTES + 8 * NUM_COLUMNS * int(tokens_N[chosen].sum()) for chosen in plan]
     try:
@@ -54,11 +63,9 @@ def logged_scores(
             _lock(file, path)
             done = _whole_records(file, key, bytes_P)
             if done:
-                say(f"{path}: {done:,} of {len(plan):,} packs were scored before")
-            left = plan[done:]
-            for chosen in track(left, "scoring", len(left)):
-                columns = np.concatenate(score_together(model, examples, chosen), axis=1)
-                data = np.ascontiguousarray(columns).tobytes()
+                display.say(f"{path}: {done:,} of {len(plan):,} packs were scored before")
+            ranks.first_says(done)
+            for data in _records(model, examples, plan[done:], display.track, ranks):
                 file.write(zlib.crc32(data).to_bytes(CRC_BYTES, "little") + data)
                 file.flush()
             yield _Reader(path, plan, bytes_P, tokens_N).scores()
@@ -69,6 +76,24 @@ def logged_scores(
             place=str(path),
             way_out="free some disk; the same command goes on from there",
         ) from error
+
+
+def _records(
+    model: LanguageModel, examples: Sequence[Example], plan: Sequence[list[int]], track: Track, ranks: Ranks
+) -> Iterator[bytes]:
+    """The columns of each entry, in order and on every rank; of several ranks each scores some entries of a round."""
+    size = 1 if ranks.alone else ROUND * ranks.world_size
+    rounds = [list(range(start, min(start + size, len(plan)))) for start in range(0, len(plan), size)]
+    for entries in track(rounds, "scoring", len(rounds)):
+        dealt = deal_plan(examples, [plan[entry] for entry in entries], ranks.world_size)
+        own = [np.concatenate(score_together(model, examples, plan[entries[k]]), axis=1) for k in dealt[ranks.rank]]
+        parts = ranks.gather(np.concatenate([*map(np.ravel, own), np.empty(0)]))
+        found: dict[int, bytes] = {}
+        for mine, values in zip(dealt, parts, strict=True):
+            sizes = [sum(NUM_COLUMNS * (len(examples[i].token_ids_T) - 1) for i in plan[entries[k]]) for k in mine]
+            for k, part in zip(mine, np.split(values, np.cumsum(sizes)[:-1]) if mine else (), strict=True):
+                found[k] = part.tobytes()
+        yield from (found[k] for k in range(len(entries)))
 
 
 def _lock(file: BinaryIO, path: Path) -> None:

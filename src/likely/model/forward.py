@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import AttentionInterface
 
+from likely.data.dealing import Cost
 from likely.data.packing import build_packs
 from likely.errors import ModelError, first_line
 from likely.model.attention import NAME, TriePlan, trie_attention
@@ -164,7 +165,7 @@ class LanguageModel:
         inputs and outputs of all linear layers twice."""
         if self._bytes_a_node is None:
             modules = (m for m in self.causal_lm.base_model.modules() if not isinstance(m, torch.nn.Embedding))
-            sides = sum(map(_sides, modules))
+            sides = sum(map(sum, map(_sides, modules)))
             self._bytes_a_node = 2 * sides * self.compute_dtype.itemsize
         again = self.activation_room is not None and self._bytes_a_node * num_nodes > self.activation_room
         for layer in self.causal_lm.modules():
@@ -198,6 +199,17 @@ class LanguageModel:
                 f"{plan.calls} of {num_layers} layers of {type(self.causal_lm).__name__} attended along the trie,"
                 f" {plan.windowed_calls} of {num_windows} through their window"
             )
+
+    @property
+    def predicted_cost(self) -> Cost:
+        """Of a pack, from the multiplications of its linear layers, of attention and of the output layer."""
+        config = self.causal_lm.config.get_text_config()
+        modules = (m for m in self.causal_lm.base_model.modules() if not isinstance(m, torch.nn.Embedding))
+        linear = sum(rows * columns for rows, columns in map(_sides, modules))
+        vocabulary, hidden = self.head.weight.shape
+        heads = getattr(config, "num_attention_heads", None)
+        width = heads * head if heads and (head := getattr(config, "head_dim", None)) else hidden
+        return Cost(2 * config.num_hidden_layers * width / linear, vocabulary * hidden / linear)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -262,13 +274,14 @@ def connect(network: Any, name: str, *, compute_dtype: torch.dtype) -> LanguageM
     raise ModelError(f"{name}: {failure}", way_out="this architecture is not supported")
 
 
-def _sides(module: Any) -> int:
-    """Inputs and outputs of a linear layer; 0 of what is none."""
+def _sides(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; none of what is none."""
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
-        return 0
+        return 0, 0
     # The weight of a quantised layer is a column of bytes.
-    return int(module.in_features + module.out_features) if hasattr(module, "in_features") else sum(weight.shape)
+    own = (module.in_features, module.out_features) if hasattr(module, "in_features") else weight.shape
+    return int(own[0]), int(own[1])
 
 
 def _decoder_of(causal_lm: Any) -> Decoder | None:

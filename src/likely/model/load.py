@@ -268,6 +268,13 @@ def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+@torch.no_grad()
+def checksum(model: LanguageModel) -> list[float]:
+    """A number for each parameter, by which two processes see that they start from the same weights."""
+    sums = [p.sum(dtype=torch.float64) for p in model.network.parameters()]
+    return torch.stack(sums).cpu().tolist()
+
+
 def bytes_to_save(model: LanguageModel) -> int:
     """Bytes on disk of one checkpoint (weights or adapter, and AdamW's two moments) and of the tuned model."""
     parameters = list(model.network.parameters())

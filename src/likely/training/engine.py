@@ -8,8 +8,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
+from likely.data.dealing import Cost, deal
 from likely.data.order import Order
 from likely.data.packing import build_packs, normalize_per_example
 from likely.data.trie import context_length
@@ -17,6 +19,7 @@ from likely.errors import NonFiniteError, ResourceError, first_line, is_out_of_m
 from likely.model.forward import LanguageModel
 from likely.training.ahead import Ahead
 from likely.training.optim import Schedule, learning_rate_at, set_learning_rate
+from likely.training.parallel import ALONE, Ranks
 from likely.training.step import apply_gradient, compute_gradient
 from likely.types import Example, IntArray, Pack, StepMetrics
 
@@ -65,18 +68,24 @@ def train(
     observer: Observer,
     *,
     steps_done: int = 0,
+    ranks: Ranks = ALONE,
 ) -> None:
-    """The steps of a plan after the ``steps_done`` first ones.
+    """The steps of a plan after the ``steps_done`` first ones. Each rank is told all examples and computes its part.
 
     Raises:
         NonFiniteError: names the step and the examples in it; the weights are those of the step before.
         ResourceError: an example alone doesn't fit in memory.
     """
     order = Order(len(examples), plan.batch_size, plan.seed, plan.family_N)
-    fitting = _Fitting(model, optimizer, plan.pack_tokens, plan.max_grad_norm, observer)
+    fitting = _Fitting(model, optimizer, plan.pack_tokens, plan.max_grad_norm, observer, ranks)
+    cost = Cost() if ranks.alone else model.predicted_cost
 
     def prepare(key: tuple[int, int]) -> _Prepared:
-        return _Prepared.of(key[0], examples, plan, key[1], order, share=model.shares)
+        step, pack_tokens = key
+        chosen = [examples[i] for i in order.of_step(step)]
+        weighed = [normalize_per_example(e) for e in chosen] if plan.normalize == "example" else chosen
+        own = [weighed[i] for i in deal(weighed, ranks.world_size, cost, share=model.shares)[ranks.rank]]
+        return _Prepared(chosen, weighed, own, _packs_of(own, pack_tokens, share=model.shares))
 
     with Ahead(prepare) as ahead:
         for step in range(steps_done + 1, plan.num_steps + 1):
@@ -90,25 +99,18 @@ def train(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What of a step doesn't depend on the weights: its examples, in the order of the data and as they are weighed, and
-    their packs."""
+    """What of a step doesn't depend on the weights: its examples, in the order of the data and as they are weighed,
+    those of them that this rank computes, and the packs of these."""
 
     chosen: list[Example]
     weighed: list[Example]
+    own: list[Example]
     packs: list[Pack]
-
-    @classmethod
-    def of(
-        cls, step: int, examples: Sequence[Example], plan: TrainingPlan, pack_tokens: int, order: Order, *, share: bool
-    ) -> _Prepared:
-        chosen = [examples[i] for i in order.of_step(step)]
-        weighed = [normalize_per_example(e) for e in chosen] if plan.normalize == "example" else chosen
-        return cls(chosen, weighed, _packs_of(weighed, pack_tokens, share=share))
 
 
 def _packs_of(examples: Sequence[Example], pack_tokens: int, *, share: bool) -> list[Pack]:
     """A step's packs, larger than ``pack_tokens`` where an example alone is."""
-    longest = max(context_length(example) for example in examples)
+    longest = max((context_length(example) for example in examples), default=0)
     return build_packs(examples, max(pack_tokens, longest), share=share)
 
 
@@ -119,7 +121,7 @@ def _run_step(step: int, prepared: _Prepared, plan: TrainingPlan, fitting: _Fitt
     )
     set_learning_rate(optimizer, learning_rate)
     try:
-        nll, grad_norm, distinct_tokens = fitting.compute_gradient(step, prepared.weighed, prepared.packs)
+        nll, grad_norm, distinct_tokens = fitting.compute_gradient(step, prepared)
     except NonFiniteError as error:
         observer.not_finite(step, _located(error, step, chosen))
         return
@@ -149,23 +151,28 @@ class _Fitting:
     pack_tokens: int
     max_grad_norm: float
     observer: Observer
+    ranks: Ranks
 
-    def compute_gradient(
-        self, step: int, examples: Sequence[Example], packs: Sequence[Pack]
-    ) -> tuple[float, float, int]:
-        """NLL per unit of weight, the gradient's norm, and the number of trie tokens that were computed. ``packs`` are
-        those of the examples in packs of ``pack_tokens``."""
+    def compute_gradient(self, step: int, prepared: _Prepared) -> tuple[float, float, int]:
+        """NLL per unit of weight, the gradient's norm, and the number of trie tokens that all ranks computed."""
+        # All ranks know all examples, so nobody need ask for the sum.
+        weight = None if self.ranks.alone else float(sum(e.weights_T.sum() for e in prepared.weighed))
+        packs: Sequence[Pack] = prepared.packs
         while True:
             try:
-                nll, grad_norm = compute_gradient(self.model, packs, self.optimizer, self.max_grad_norm)
+                nll, grad_norm = compute_gradient(
+                    self.model, packs, self.optimizer, self.max_grad_norm, ranks=self.ranks, num_tokens=weight
+                )
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 failure = first_line(error)
             else:
-                return nll, grad_norm, sum(pack.num_nodes for pack in packs)
-            self._make_smaller(step, max(pack.num_nodes for pack in packs), examples, failure)
-            packs = _packs_of(examples, self.pack_tokens, share=self.model.shares)
+                num_nodes = self.ranks.all_sum(np.array([float(sum(pack.num_nodes for pack in packs))]))
+                return nll, grad_norm, int(num_nodes[0])
+            # Nothing was exchanged yet: the others wait for this rank's part.
+            self._make_smaller(step, max(pack.num_nodes for pack in packs), prepared.own, failure)
+            packs = _packs_of(prepared.own, self.pack_tokens, share=self.model.shares)
 
     def _make_smaller(self, step: int, largest: int, examples: Sequence[Example], failure: str) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -14,7 +14,7 @@ from typing import IO, Any, TypeVar, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from likely import storage
+from likely import launched, storage
 from likely.errors import ModelError
 from likely.types import StepMetrics
 
@@ -80,6 +80,19 @@ class MetricsFile:
         return lines
 
 
+class UnwrittenMetrics(MetricsFile):
+    """Of a rank that leaves the file to the first."""
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+    def rewind(self, num_bytes: int) -> list[dict[str, Any]]:  # noqa: ARG002  (the first rank reads it)
+        return []
+
+
 class _Stderr:
     """The standard error stream of the moment. A terminal that was closed, or a pipe that nobody reads, must not end a
     training."""
@@ -104,6 +117,7 @@ class Display:
     """Progress and prose on stderr: bars in a terminal, a line every ten seconds elsewhere."""
 
     def __init__(self, *, quiet: bool = False) -> None:
+        quiet = quiet or not launched.speaks()  # of several processes, one shows what all do
         self.console = Console(file=cast(IO[str], _Stderr()), quiet=quiet, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:

@@ -36,12 +36,14 @@ def free_bytes(device: torch.device) -> int | None:
     return min(found) if found else None
 
 
-def choose_room(model: LanguageModel, checkpointing: Literal["auto", "none", "full"]) -> int | None:
+def choose_room(model: LanguageModel, checkpointing: Literal["auto", "none", "full"], sharers: int = 1) -> int | None:
     """Bytes that the activations of a model whose weights are loaded may take; None for no limit. ``auto`` is a share
     of what is free when the gradient, AdamW's two averages, casts of the weights and a chunk of logits have theirs."""
     free = free_bytes(model.device)
     if checkpointing != "auto" or free is None:
         return 0 if checkpointing == "full" else None
+    if model.device.type == "cpu":
+        free //= sharers
     parameters = list(model.network.parameters())
     trained = 12 * sum(p.numel() for p in parameters if p.requires_grad)
     narrow = torch.finfo(model.compute_dtype).bits // 8
@@ -56,12 +58,13 @@ def choose_chunk(free: int) -> int:
     return min(max(CHUNK_LOGITS, int(CHUNK_SHARE * free) // (3 * 4)), LARGEST_CHUNK)
 
 
-def set_limits(model: LanguageModel, checkpointing: Literal["auto", "none", "full"]) -> None:
-    """Tell a model whose weights are loaded how much its activations and its logits may take."""
+def set_limits(model: LanguageModel, checkpointing: Literal["auto", "none", "full"], sharers: int = 1) -> None:
+    """Tell a model whose weights are loaded how much its activations and its logits may take, where so many processes
+    share the host's memory."""
     free = free_bytes(model.device)
     if model.device.type == "cuda" and free is not None:
         model.chunk_logits = choose_chunk(free)
-    model.activation_room = choose_room(model, checkpointing)
+    model.activation_room = choose_room(model, checkpointing, sharers)
 
 
 def keep_freed_memory() -> None:

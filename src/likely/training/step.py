@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel
 from likely.training.objective import nll_sum
+from likely.training.parallel import ALONE, Ranks
 from likely.types import Pack
 
 
@@ -23,20 +25,30 @@ def train_step(
 
 
 def compute_gradient(
-    model: LanguageModel, packs: Sequence[Pack], optimizer: torch.optim.Optimizer, max_grad_norm: float
+    model: LanguageModel,
+    packs: Sequence[Pack],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    *,
+    ranks: Ranks = ALONE,
+    num_tokens: float | None = None,
 ) -> tuple[float, float]:
     """The clipped gradient of the mean NLL over the step's tokens, left on the parameters. No weight changes.
 
     Each pack's sum is divided by the one number of supervised weight of the whole step, so the gradient is the same
-    however the step was cut into packs.
+    however the step was cut into packs, and however these were dealt to ranks.
+
+    Args:
+        num_tokens: supervised weight of the step's packs on all ranks [that of ``packs``].
 
     Returns:
         NLL per unit of weight (nats), and the gradient's global norm before clipping.
 
     Raises:
-        NonFiniteError: the loss or the norm is not finite; the gradient is thrown away.
+        NonFiniteError: the loss or the norm is not finite; the gradient is thrown away, on every rank.
     """
-    num_tokens = sum(float(pack.weight_E.sum()) for pack in packs)
+    if num_tokens is None:
+        num_tokens = sum(float(pack.weight_E.sum()) for pack in packs)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     with model.autocast():
         for pack in packs:
@@ -44,15 +56,29 @@ def compute_gradient(
             with torch.autocast(model.device.type, enabled=False):
                 (loss / num_tokens).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+    if not ranks.alone:
+        total = _sum_over_ranks(model, total, ranks)
     trainable = [p for p in model.network.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
     # The one place of a step where the host waits for the device: until here it only queues work.
     loss_sum, grad_norm = torch.stack([total, norm.to(total)]).tolist()
-    nll = loss_sum / num_tokens if packs else 0.0
+    nll = loss_sum / num_tokens if num_tokens else 0.0
     if not (math.isfinite(nll) and math.isfinite(grad_norm)):
         optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(f"loss {nll} and gradient norm {grad_norm} before the update")
     return nll, grad_norm
+
+
+def _sum_over_ranks(model: LanguageModel, total: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The step's loss; its gradient is on every rank then. A parameter that no rank has a gradient of has none."""
+    trainable = [p for p in model.network.parameters() if p.requires_grad]
+    summed = ranks.all_sum(np.array([float(total), *(p.grad is not None for p in trainable)]))
+    used = [p for p, count in zip(trainable, summed[1:], strict=True) if count]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    ranks.sum_gradients([p.grad for p in used if p.grad is not None])
+    return torch.tensor(summed[0], device=total.device)
 
 
 def apply_gradient(optimizer: torch.optim.Optimizer) -> None:

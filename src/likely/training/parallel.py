@@ -1,0 +1,394 @@
+"""Several processes, one training: all that they tell each other, over torch.distributed.
+
+Every exchange of data begins with an exchange of one number: whether all are well. So a process that fails has one
+thing left to do, to say so at the next exchange of the others, wherever that is: then all of them end, before anything
+was changed. Only numbers and JSON are exchanged, never pickled objects; no exchange waits longer than
+``LIKELY_TIMEOUT``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from likely import errors, launched, stops
+from likely.errors import ConfigError, LikelyError, ResourceError, first_line
+from likely.training.signs import Signs, Store
+from likely.types import FloatArray
+
+TIMEOUT, SILENCE = "LIKELY_TIMEOUT", "LIKELY_SILENCE"  # names in the environment, of seconds
+SECONDS = {TIMEOUT: 1800.0, SILENCE: 60.0}
+BUCKET = 1 << 24  # numbers of small gradients that are summed at once: 64 MiB in float32
+Result = TypeVar("Result")
+_agreed = "_agreed"  # the attribute of an exception that all ranks have heard of
+
+
+class Ranks:
+    """This process among those that train together; alone, where nobody else does.
+
+    The methods that exchange something are called by all ranks in the same order. If a rank has failed, they raise: its
+    own error there, and one of the same kind and exit code on the others.
+    """
+
+    def __init__(self, place: launched.Place | None = None) -> None:
+        place = place or launched.Place()
+        self.rank, self.world_size = place.rank, place.world_size
+        self.local_rank, self.local_world_size = place.local_rank, place.local_world_size
+        self.restarted = place.restarts > 0
+        self._signs: Signs | None = None
+        self._lost: ResourceError | None = None
+        self._waiting = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes files and speaks to people."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.world_size == 1
+
+    def connect(self, place: launched.Place) -> None:
+        """Find the others.
+
+        Raises:
+            ResourceError: they can't be reached.
+        """
+        timeout = timedelta(seconds=seconds_of(TIMEOUT))
+        try:
+            backend = _choose_device(place)
+            store, of_signs = (_store(place, timeout, name) for name in ("ranks", "signs"))
+            dist.init_process_group(
+                backend, store=cast(Any, store), rank=self.rank, world_size=self.world_size, timeout=timeout
+            )
+        except RuntimeError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ResourceError(
+                f"the {self.world_size} processes of this training can't find each other: {first_line(error)}",
+                place=where,
+                way_out="check that all of them run, and that their hosts reach each other",
+            ) from error
+        self._signs = Signs(of_signs, self.rank, self.world_size, seconds_of(SILENCE), self._abandon)
+
+    def close(self) -> None:
+        if self._signs is not None:
+            self._signs.stop()
+        if self._lost is None and dist.is_initialized():
+            with suppress(RuntimeError):
+                dist.destroy_process_group()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What each rank does by itself inside is done by all of them afterwards, or all raise."""
+        try:
+            yield
+        except BaseException as error:
+            if not _was_heard(error):
+                self.agree(error)
+            raise
+        self.agree()
+
+    def agree(self, error: BaseException | None = None) -> None:
+        """Tell the others whether this rank is well; raise, if any is not."""
+        if self.alone:
+            if error is not None:
+                raise error
+            return
+        with stops.shield():
+            self._agree(error)
+
+    def _agree(self, error: BaseException | None) -> None:
+        # The lowest rank that is not well speaks for all.
+        status = torch.tensor([0 if error is None else self.world_size - self.rank])
+        try:
+            self._exchange(lambda: dist.all_reduce(status, dist.ReduceOp.MAX))
+        except ResourceError as lost:
+            if isinstance(error, stops.Stopped):
+                raise _heard(stops.Stopped(error.signum, f"{error}; {lost.message}")) from lost
+            raise lost from error
+        if not int(status):
+            return
+        speaker = self.world_size - int(status)
+        told = self._spread(_told(error) if error is not None else None, speaker)
+        if speaker == self.rank and error is not None:
+            raise _heard(error)
+        raise _heard(_error_of(speaker, **told)) from error
+
+    def all_sum(self, values: FloatArray) -> FloatArray:
+        """The sum over all ranks, the same bits on each."""
+        if self.alone:
+            return values
+        total = torch.from_numpy(values.astype(np.float64))
+        with stops.shield():
+            self._agree(None)
+            self._exchange(lambda: dist.all_reduce(total))
+        return total.numpy()
+
+    def first_says(self, value: Any) -> Any:
+        """The first rank's value, which is made of what JSON knows; those of the others are not looked at."""
+        if self.alone:
+            return value
+        with stops.shield():
+            self._agree(None)
+            return self._spread(value, 0)
+
+    def gather(self, values: FloatArray) -> list[FloatArray]:
+        """The numbers (any count) of each rank, on every rank."""
+        if self.alone:
+            return [values]
+        with stops.shield():
+            self._agree(None)
+            parts = self._gather(torch.from_numpy(np.ascontiguousarray(values, np.float64)))
+        return [part.numpy() for part in parts]
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Each rank's value, which is made of what JSON knows, on every rank."""
+        if self.alone:
+            return [value]
+        with stops.shield():
+            self._agree(None)
+            parts = self._gather(torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8))
+        return [json.loads(part.numpy().tobytes()) for part in parts]
+
+    def require_same(self, what: str, value: Any) -> None:
+        """Compare with the first rank's, by its JSON.
+
+        Raises:
+            ConfigError: a rank has another one.
+        """
+        text = json.dumps(value, sort_keys=True, default=repr)
+        others = self.gather_json(hashlib.sha256(text.encode()).hexdigest())
+        strange = [rank for rank, other in enumerate(others) if other != others[0]]
+        if strange:
+            raise _heard(
+                ConfigError(
+                    f"{what} of rank {strange[0]} differ from those of rank 0",
+                    way_out="give all hosts the same files and the same versions",
+                )
+            )
+
+    def one_host_one_maker(self, load: Callable[[], Result]) -> Result:
+        """What ``load`` gives, called first by one rank of each host: the others find what it leaves in the cache."""
+        result = load() if self.local_rank == 0 else None
+        self.agree()
+        return result if result is not None else load()
+
+    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Add up each gradient over all ranks, in place and in float32 or wider: plain sums, since every rank has
+        divided by the one number of supervised weight of the whole step."""
+        if self.alone:
+            return
+        buckets = _buckets(gradients)
+        # Memory is taken before the others are told that all is well.
+        flat = [torch.cat([g.flatten() for g in b]) if len(b) > 1 else b[0].flatten() for b in buckets]
+        with stops.shield():
+            self._agree(None)
+            for whole in flat:
+                self._exchange(partial(dist.all_reduce, whole))
+        for bucket, whole in zip(buckets, flat, strict=True):
+            for gradient, part in zip(bucket, torch.split(whole, [g.numel() for g in bucket]), strict=True):
+                if part.data_ptr() != gradient.data_ptr():
+                    gradient.copy_(part.view_as(gradient))
+
+    def _spread(self, value: Any, speaker: int) -> Any:
+        data = bytearray(json.dumps(value).encode()) if self.rank == speaker else bytearray()
+        size = torch.tensor([len(data)])
+        self._exchange(lambda: dist.broadcast(size, speaker))
+        text = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
+        self._exchange(lambda: dist.broadcast(text, speaker))
+        return json.loads(text.numpy().tobytes())
+
+    def _gather(self, values: Tensor) -> list[Tensor]:
+        """One-dimensional tensors of any lengths."""
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.world_size)]
+        self._exchange(lambda: dist.all_gather(sizes, torch.tensor([len(values)])))
+        widest = max(map(int, sizes))
+        padded = torch.nn.functional.pad(values, (0, widest - len(values)))
+        parts = [torch.empty_like(padded) for _ in sizes]
+        if widest:
+            self._exchange(lambda: dist.all_gather(parts, padded))
+        return [part[: int(size)] for part, size in zip(parts, sizes, strict=True)]
+
+    def _exchange(self, act: Callable[[], Any]) -> None:
+        if self._lost is not None:
+            raise self._lost
+        assert self._signs is not None  # noqa: S101
+        self._signs.arrived += 1
+        self._waiting = True
+        try:
+            act()
+        except RuntimeError as error:
+            gone = self._signs.who_has_gone() or f"an exchange failed: {first_line(error)}"
+            stops.excuse()  # a launcher stops those that are left meanwhile
+            self._lost = _heard(ResourceError(gone, way_out="see what it said last; a restart resumes"))
+            raise self._lost from error
+        finally:
+            self._waiting = False
+
+    def _abandon(self, words: str) -> None:
+        """The main thread hangs with somebody who has gone. Between two exchanges weights may be half-changed."""
+        speaks = self.rank == (1 if words.startswith("rank 0 ") else 0)
+        stops.abandon(words if speaks else "", ResourceError.exit_code, rescue=self._waiting)
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the others can't be spoken to any more."""
+        return self._lost is not None
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the rank that tells people of an error: the first that is left."""
+        gone = self._lost is not None and self._lost.message.startswith("rank 0 ")
+        return self.rank == (1 if gone else 0)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """All processes that a launcher started for one run, from the first exchange to the last: whatever ends one of them
+    ends all, none before the first has saved what it can. Ranks after the first end by SystemExit instead of an error,
+    which the first has told already.
+
+    Raises:
+        ConfigError, ResourceError: they can't find each other.
+    """
+    place = launched.place()
+    ranks = Ranks(place)
+    if ranks.alone:
+        yield ranks
+        return
+    ranks.connect(place)
+    try:
+        with _ending_together(ranks):
+            yield ranks
+    except BaseException as error:
+        if ranks.speaks:
+            raise
+        raise SystemExit(exit_code_of(error)) from error
+    finally:
+        ranks.close()
+
+
+@contextmanager
+def _ending_together(ranks: Ranks) -> Iterator[None]:
+    try:
+        with ranks.together():
+            yield
+    except BaseException as error:
+        if not ranks.cut_off:
+            ranks.agree(error)  # once more, now that the first rank has saved what it can
+        raise
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What the process ends with."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return int(getattr(error, "exit_code", LikelyError.exit_code))
+
+
+def seconds_of(name: str) -> float:
+    """A time from the environment.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    text = os.environ.get(name) or SECONDS[name]
+    try:
+        if 0 < float(text) < 1e7:
+            return float(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"{name} is {text!r}", way_out="give it a number of seconds")
+
+
+def _choose_device(place: launched.Place) -> str:
+    """This rank's GPU, if there are any, and the backends."""
+    if not torch.cuda.is_available():
+        return "gloo"
+    if place.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{place.local_world_size} processes on this host and {torch.cuda.device_count()} GPUs",
+            way_out="start one process for each GPU",
+        )
+    torch.cuda.set_device(place.local_rank)
+    return "cpu:gloo,cuda:nccl"
+
+
+_joins = 0
+
+
+def _store(place: launched.Place, timeout: timedelta, name: str) -> Store:
+    """The launcher's key-value store, or where there is none that of the first rank; each use has its own connection,
+    and each run and restart its own keys."""
+    global _joins  # noqa: PLW0603
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = place.rank == 0 and not hosted and name == "ranks"
+    port = int(os.environ["MASTER_PORT"])
+    torch_stores: Any = dist  # whose type hints leave these out
+    store = torch_stores.TCPStore(
+        os.environ["MASTER_ADDR"], port, place.world_size, serves, timeout, wait_for_workers=False
+    )
+    _joins += name == "ranks"
+    prefixed: Store = torch_stores.PrefixStore(f"likely/{place.restarts}/{_joins}/{name}", store)
+    return prefixed
+
+
+def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Neighbours of one dtype, in lists of at most BUCKET numbers or one tensor."""
+    buckets: list[list[Tensor]] = []
+    for gradient in gradients:
+        last = buckets[-1] if buckets else []
+        fits = last and sum(g.numel() for g in last) + gradient.numel() <= BUCKET and last[0].dtype == gradient.dtype
+        if fits:
+            last.append(gradient)
+        else:
+            buckets.append([gradient])
+    return buckets
+
+
+def _heard(error: Any) -> Any:
+    setattr(error, _agreed, True)
+    return error
+
+
+def _was_heard(error: BaseException | None) -> bool:
+    """Whether all ranks know of the error, or of the one that it came of."""
+    while error is not None and not getattr(error, _agreed, False):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _told(error: BaseException) -> dict[str, Any]:
+    """An error in what JSON knows."""
+    if isinstance(error, LikelyError):
+        return {"code": error.exit_code, "words": [error.message, error.place, error.way_out]}
+    if errors.is_out_of_memory(error):
+        return {"code": ResourceError.exit_code, "words": ["out of memory", "", "lower --pack-tokens"]}
+    code, text = exit_code_of(error), f"{type(error).__name__}: {first_line(error)}"
+    if code in {128 + signum for signum in stops.SIGNALS}:
+        text = str(stops.Stopped(code - 128))
+    return {"code": code, "words": [text, "", ""]}
+
+
+def _error_of(speaker: int, code: int, words: list[str]) -> BaseException:
+    message, place, way_out = words
+    if code > 128:
+        return stops.Stopped(code - 128, f"rank {speaker} was {message}")
+    kind = errors.of_code(code)
+    return kind(f"rank {speaker}: {message}", place=place, way_out=way_out)
