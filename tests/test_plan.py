@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+import likely
 from likely.errors import ConfigError
+from likely.insight.check_page import to_text
 from likely.insight.estimate import Layer, Load, Shape
-from likely.insight.plan import H100_RATE, Cluster, Work, plan, read_cluster
+from likely.insight.plan import H100_RATE, Cluster, Work, imbalance, plan, read_cluster
+from likely.types import Example, Source
 
 
 def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int) -> Shape:
@@ -124,3 +130,31 @@ def test_a_cluster_is_read_from_its_words() -> None:
     ):
         with pytest.raises(ConfigError):
             read_cluster(wrong)
+
+
+def test_imbalance_is_that_of_the_rule_that_deals() -> None:
+    def row(token: int, length: int) -> Example:
+        ids = np.full(length, token)
+        return Example(ids, np.ones(length), np.zeros(length, np.int8), Source("a.jsonl", token))
+
+    alike = [row(token, 100) for token in range(1, 9)]
+    assert imbalance(B8, [alike], 1) == pytest.approx(1)
+    assert imbalance(B8, [alike], 4) == pytest.approx(1)
+    assert imbalance(B8, [alike], 16) == pytest.approx(2)  # half of the ranks have nothing
+    one_long = [row(9, 4000), *alike]
+    assert imbalance(B8, [one_long], 4) > 2
+
+
+def test_the_check_prints_a_plan(tiny_model_dir: Path, tmp_path: Path) -> None:
+    data = tmp_path / "d.jsonl"
+    rows = [json.dumps({"prompt": f"{n} and one?", "completion": str(n + 1)}) for n in range(40)]
+    data.write_text("\n".join(rows), encoding="utf-8")
+    told = likely.check(model=str(tiny_model_dir), data=str(data), plan="gpus=4,memory=16GB", processes=1)
+    found = told["cost"]["plan"]
+    assert found["layout"] == "replicated"
+    assert 1 <= found["imbalance"] < 1.5
+    assert found["seconds_per_step"] == pytest.approx(sum(found["seconds"].values()))
+    text = to_text(told, colour=False)
+    assert "on 4 GPUs, replicated: " in text
+    assert f"{found['gigabytes_of_a_gpu']:.1f} GB of each GPU's 16" in text
+    assert likely.check(model=str(tiny_model_dir), data=str(data), processes=1)["cost"]["plan"] is None

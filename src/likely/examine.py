@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,14 @@ from likely.errors import ConfigError, DataError
 from likely.examiners import Job, pieces_of, prepare, render_rows, survey_batch
 from likely.insight import check as checking
 from likely.insight import estimate as estimating
+from likely.insight import plan as planning
 from likely.insight.lengths import histogram
-from likely.model.place import Place, check_token_ids, find_model
+from likely.model.place import check_token_ids, find_model
 from likely.training.log import Display
 from likely.types import Example, IntArray, Source
 from likely.verb_settings import CheckSettings
 
-SAMPLED_STEPS = 48
+SAMPLED_STEPS, PLANNED_STEPS = 48, 8
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         LikelyError: there is no such file or model, or the tokenizer can't be used.
     """
     started = time.perf_counter()
+    cluster = planning.read_cluster(settings.plan) if settings.plan else None
     job, judge = _jobs(settings)
     with Workers(settings.processes) as workers:
         limit, has_template = next(workers.map(prepare, [job]))
@@ -85,7 +87,7 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         shown = _show(workers, job, survey.intake, _middle_rows(facts))
         judged = [other for other in (split.judged, held_out and held_out.facts) if other]
         pack_tokens = None if wrong else _pack_tokens(survey, split.rows, judged, settings)
-        sharing = _sharing(workers, survey, split.rows, settings, pack_tokens)
+        sharing = _sharing(workers, survey, split.rows, settings, pack_tokens, cluster)
     return {
         "ok": not wrong,
         "verdict": checking.verdict(wrong, tables, checking.left_out(proof, on_too_long=settings.on_too_long)),
@@ -306,9 +308,15 @@ def _pack_tokens(survey: _Survey, held_out: IntArray, judged: Sequence[Facts], s
 
 
 def _sharing(
-    workers: Workers, survey: _Survey, held_out: IntArray, settings: CheckSettings, pack_tokens: int | None
+    workers: Workers,
+    survey: _Survey,
+    held_out: IntArray,
+    settings: CheckSettings,
+    pack_tokens: int | None,
+    cluster: planning.Cluster | None,
 ) -> dict[str, Any]:
-    """How many distinct trie tokens the steps of the first epoch have, over some of them in the order of training."""
+    """How many distinct trie tokens the steps of the first epoch have, over some of them in the order of training; and
+    what they cost here, and in a cluster."""
     facts, job = survey.facts, survey.job
     usable = facts.usable_M(job.limit, settings.on_too_long) & ~np.isin(facts.array("row_of_M"), held_out)
     num_examples = int(usable.sum())
@@ -328,6 +336,12 @@ def _sharing(
     tokens = [sum(len(e.token_ids_T) for e in step) for step in chosen]
     packs = [build_packs(step, room) for step in chosen]
     distinct = [sum(pack.num_nodes for pack in of_step) for of_step in packs]
+    shape, load = estimating.read_shape(job.place.weights), estimating.load_of(packs)
+    plan = None
+    if shape is not None and cluster is not None:
+        slowest = planning.imbalance(shape, chosen[:PLANNED_STEPS], cluster.gpus)
+        work = planning.Work(settings.tune, settings.lora_rank, settings.batch_size, pack_tokens, slowest)
+        plan = {"cluster": asdict(cluster), "imbalance": slowest, **planning.plan(shape, load, work, cluster)}
     return {
         "examples": num_examples,
         "tokens_per_epoch": int(length.sum()),
@@ -338,7 +352,8 @@ def _sharing(
         "tokens_per_step": float(np.mean(tokens)),
         "distinct_tokens_per_step": float(np.mean(distinct)),
         "sharing_ratio": sum(tokens) / max(sum(distinct), 1),
-        "estimate": _estimate(job.place, estimating.load_of(packs), settings, total),
+        "estimate": _estimate(shape, load, settings, total) if shape is not None else None,
+        "plan": plan,
     }
 
 
@@ -362,11 +377,8 @@ def _chosen_examples(
     return [[rendered[name(i)][place_M[i]] for i in step] for step in steps]
 
 
-def _estimate(place: Place, load: estimating.Load, settings: CheckSettings, total: int) -> dict[str, Any] | None:
-    """Time and memory of the training on this machine's processors; None for a model that is not on this machine."""
-    shape = estimating.read_shape(place.weights)
-    if shape is None:
-        return None
+def _estimate(shape: estimating.Shape, load: estimating.Load, settings: CheckSettings, total: int) -> dict[str, Any]:
+    """Time and memory of the training on this machine's processors."""
     told = estimating.estimate(
         shape,
         load,

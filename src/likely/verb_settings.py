@@ -80,6 +80,7 @@ class CheckSettings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = _as_in_training("dtype")
     seed: int = _as_in_training("seed")
     show: str | None = Field(None, description="show this row instead of three: its line, or file:line")
+    plan: str | None = Field(None, description="what a step takes on a cluster: gpus=64,memory=80GB (docs/scaling.md)")
     processes: PositiveInt | None = Field(None, description="worker processes [one for each processor]")
 
     @model_validator(mode="after")

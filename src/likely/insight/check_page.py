@@ -134,7 +134,23 @@ def _cost(cost: dict[str, Any]) -> str:
     if guess:
         per_step = f"{guess['seconds']:,.0f} s ({guess['seconds_per_step']:.3g} s a step)"
         lines.append(f"  on this machine's processors about {per_step} and {guess['peak_gb']:.1f} GB, {guess['dtype']}")
+    if cost["plan"]:
+        lines += _plan(cost["plan"])
     return "\n".join(lines)
+
+
+def _plan(plan: dict[str, Any]) -> list[str]:
+    seconds, cluster = plan["seconds"], plan["cluster"]
+    again = ", layers computed twice" if plan["checkpointing"] == "full" else ""
+    parts = ", ".join(f"{name} {value:.1f}" for name, value in plan["gigabytes"].items())
+    step = f"{plan['seconds_per_step']:.3g} s a step (compute {seconds['compute']:.3g}"
+    step += f", exchange {seconds['communication']:.3g}, update {seconds['update']:.3g}"
+    return [
+        f"  on {cluster['gpus']:,} GPUs, {plan['layout']}{again}: {step}; the slowest has {plan['imbalance']:.2f} of the mean)",
+        f"    {plan['gigabytes_of_a_gpu']:.1f} GB of each GPU's {cluster['memory'] / 1e9:.0f}: {parts}",
+        f"    a checkpoint has {plan['checkpoint_gigabytes']:.1f} GB, {plan['checkpoint_seconds']:.1f} s",
+        *(f"    {note}" for note in plan["notes"]),
+    ]
 
 
 def _audit(result: dict[str, Any]) -> str:

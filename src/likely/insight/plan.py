@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
+from likely.data.dealing import Cost, deal
+from likely.data.packing import build_packs
 from likely.errors import ConfigError
-from likely.insight.estimate import CHUNK_LOGITS, Load, Shape, operations
+from likely.insight.estimate import CHUNK_LOGITS, Load, Shape, load_of, operations
+from likely.types import Example
 
 # Operations per second of an H100 in a whole training: Llama 3.1 8B on 8 of them, 8,192 tokens a row, fully sharded and
 # compiled, 6,667 tokens/s a GPU with half of the layers computed twice (TorchTitan's published table of December 2024).
@@ -124,6 +130,20 @@ def plan(shape: Shape, load: Load, work: Work, cluster: Cluster) -> dict[str, An
         "checkpoint_seconds": stored / (cluster.disk * (cluster.hosts if layout == "sharded" else 1)),
         "notes": _notes(work, cluster, seconds, sum(memory.values()) <= usable),
     }
+
+
+def imbalance(shape: Shape, steps: Sequence[Sequence[Example]], num_ranks: int) -> float:
+    """What the slowest of so many ranks computes over the mean, on average over some steps, dealt as in a training."""
+    cost = Cost(
+        pair=2 * len(shape.layers) * shape.query / shape.multiplied,
+        context=shape.vocabulary * shape.hidden / shape.multiplied,
+    )
+    ratios = []
+    for examples in steps:
+        dealt = [[examples[i] for i in mine] for mine in deal(examples, num_ranks, cost) if mine]
+        flops = [operations(shape, load_of([build_packs(mine, 1 << 40)]), "full", 0).all for mine in dealt]
+        ratios.append(max(flops) * num_ranks / sum(flops))
+    return float(np.mean(ratios))
 
 
 def _trained(shape: Shape, work: Work) -> int:
