@@ -199,6 +199,50 @@ def test_no_credential_is_copied_or_shown(tmp_path: Path) -> None:
     assert is_secret("hf_hub_token")
 
 
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_no_credential_inside_of_a_value_is_shown(tmp_path: Path, trainer: Any) -> None:
+    """Nested under a key that says what it is, in a mapping of environment variables, and cut in its middle."""
+    long = "x" * 25
+    values = {
+        "mine": {"api_key": "k0123", "list": [{"password": "k0123"}]},
+        "env": {"WANDB_API_KEY": "k0123"},
+        "aws_access_key": "k0123",
+        "basic_auth": "k0123",
+        "cut": {"a": long, "b": "hf_abcdefghijklmnopqrstuvwxyz0123"},
+        "hf_abcdefghijklmnopqrstuvwxyz0123": 1,
+    }
+    text = json.dumps({"datasets": []} | values if trainer == "axolotl" else values)
+    said = "\n".join(map(str, carried(tmp_path, trainer, text).notes))
+    assert "k0123" not in said
+    assert "xyz0123" not in said
+    assert "hf_" not in said
+    assert all(key in said for key in ("mine", "env", "aws_access_key", "basic_auth", "cut"))
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_no_character_of_a_file_steers_the_terminal_or_breaks_the_yaml(tmp_path: Path, trainer: Any) -> None:
+    found = carried(tmp_path, trainer, '"\\e[31mred\\0": 1\n"two\\nlines": "\\a"\n"\\u2028": 2\nnull: 3\n')
+    assert all(str(note).isprintable() for note in found.notes)
+    assert yaml.safe_load(found.to_yaml()) == found.settings
+    assert len(found.to_yaml().splitlines()) == len(found.notes) + len(found.settings)
+    assert "null: 3: no counterpart" in told(found, "null")
+
+
+def test_escaped_characters_of_json_are_whole(tmp_path: Path) -> None:
+    found = carried(tmp_path, "openai", json.dumps({"training_file": "🙂.jsonl"}))
+    assert found.settings["data"] == "🙂.jsonl"
+    with pytest.raises(ConfigError, match="lone surrogate"):
+        carried(tmp_path, "openai", '{"training_file": "\\ud83d"}')
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_seed_is_carried_to_its_last_digit_or_refused(tmp_path: Path, trainer: Any) -> None:
+    assert carried(tmp_path, trainer, f'{{"seed": {2**53 + 1}}}').settings["seed"] == 2**53 + 1
+    for wrong in ("1.5", "-1", "1" * 30, "true", str(2**64)):
+        with pytest.raises(ConfigError, match="seed is"):
+            carried(tmp_path, trainer, f'{{"seed": {wrong}}}')
+
+
 @pytest.mark.parametrize(
     ("lines", "settings"),
     [
@@ -414,6 +458,19 @@ def test_what_the_server_chooses_is_told(tmp_path: Path) -> None:
     assert "epochs" not in found.settings
     assert found.settings["data"] == "a.jsonl"
     assert "chosen by the server" in told(found, "hyperparameters.n_epochs")
+
+
+def test_all_of_a_method_is_told(tmp_path: Path) -> None:
+    inner = {"hyperparameters": {"n_epochs": 2}, "made_up": 1}
+    job = {"method": {"type": "supervised", "supervised": inner, "other": 1}, "hyperparameters": {"n_epochs": 3}}
+    found = carried(tmp_path, "openai", json.dumps(job))
+    assert found.settings["epochs"] == 2.0
+    assert "no counterpart" in told(found, "method.other")
+    assert "no counterpart" in told(found, "method.supervised.made_up")
+    assert "goes before it" in told(found, "hyperparameters.n_epochs")
+    for wrong in ('{"method": {"supervised": 1}}', '{"hyperparameters": [1]}'):
+        with pytest.raises(ConfigError, match="write a mapping"):
+            carried(tmp_path, "openai", wrong)
 
 
 # --- all ---

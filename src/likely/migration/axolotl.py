@@ -108,9 +108,7 @@ def read(job: Foreign) -> None:
     _evaluations(job)
     asked = [name for name in ("wandb", "mlflow", "tensorboard") if _is_tracked(job, name)]
     carry_trackers(job, "wandb_project", asked)
-    if job.count("seed") is not None:
-        job.carry("seed", job.count("seed"))
-        job.differs("seed", "the same number gives another order of rows and other adapters than there")
+    job.seed("the same number gives another order of rows and other adapters than there")
     job.not_needed(OF_MEMORY, MEMORY_OR_SPEED)
     job.not_needed(OF_FILES, ABOUT_FILES)
     job.not_needed(OF_THE_MODEL, "the model folder says it, and unknown keys are refused here in any case")

@@ -32,7 +32,7 @@ class Carried:
 
     def to_yaml(self) -> str:
         """The settings, below the notes as comments."""
-        head = [f"# {' '.join(str(note).split())}" for note in self.notes]
+        head = [f"# {note}" for note in self.notes]
         return "\n".join([*head, yaml.safe_dump(self.settings, sort_keys=False, allow_unicode=False).rstrip()])
 
 

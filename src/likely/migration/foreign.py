@@ -18,7 +18,10 @@ from likely.errors import ConfigError, quoted
 from likely.strict_yaml import MAX_CHARACTERS, YamlError, read_settings
 
 Kind = Literal["differs", "no counterpart", "not needed"]
-SECRET = ("token", "api_key", "apikey", "secret", "password", "credential", "authorization")
+SECRET = (
+    "token", "api_key", "apikey", "access_key", "private_key", "secret", "password", "passwd", "passphrase",
+    "credential", "authorization",
+)  # fmt: skip
 NOT_SECRET = ("tokens", "tokenizer", "tokenized", "eos_token", "pad_token", "bos_token", "unk_token")
 
 
@@ -34,7 +37,7 @@ class Note:
 
     def __str__(self) -> str:
         shown = f"{self.key}: {self.value}" if self.value else f"{self.key} (not given)"
-        return f"{self.place}: {shown}: {self.kind}: {self.text}"
+        return visible(redact(f"{self.place}: {shown}: {self.kind}: {self.text}"))
 
 
 class Foreign:
@@ -96,6 +99,18 @@ class Foreign:
         if found != int(found) or found < 1:
             raise self.wrong(key, "write an integer of 1 or more")
         return int(found)
+
+    def seed(self, about: str) -> None:
+        """The seed to the last digit, with what it does not bring here."""
+        found = self.value("seed")
+        if found is None:
+            return
+        text = str(found)
+        whole = not isinstance(found, bool) and text.isascii() and text.isdecimal() and len(text) <= 20
+        if not whole or int(text) >= 1 << 64:
+            raise self.wrong("seed", "write an integer from 0 to 2^64 - 1")
+        self.carry("seed", int(text))
+        self.differs("seed", about)
 
     def share(self, key: str) -> float | None:
         """A number of at least 0."""
@@ -160,13 +175,31 @@ class Foreign:
         found: Any = self.values
         for part in key.split("."):
             found = found[int(part)] if isinstance(found, list) else found[part]
-        return redact(quoted(found) if not isinstance(found, str) else _plain(found))
+        found = _hidden(found)
+        return _plain(found) if isinstance(found, str) else quoted(found)
 
 
 def is_secret(key: str) -> bool:
     """Whether a key's name says that its value must not be repeated."""
     name = key.lower()
+    if name.split("_")[-1] in {"auth", "pwd"}:
+        return True
     return any(word in name for word in SECRET) and not any(word in name for word in NOT_SECRET)
+
+
+def visible(text: str) -> str:
+    """A line of which no character steers a terminal or is none in YAML: such are written as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _hidden(value: Any) -> Any:
+    """A value as it may be repeated: with stars for credentials, and for whatever a key's name says is one. They go
+    before a long value is cut, since half a credential looks like none."""
+    if isinstance(value, dict):
+        return {redact(str(k)): "***" if is_secret(str(k)) else _hidden(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_hidden(each) for each in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 def _plain(text: str) -> str:
@@ -178,19 +211,40 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         with path.open("rb") as file:
             text = file.read(4 * MAX_CHARACTERS + 4).decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(reason, place=str(path), way_out="check the path") from error
+    except UnicodeDecodeError as error:
+        reason = f"byte {error.start + 1} is not UTF-8"
+        raise ConfigError(reason, place=str(path), way_out="save the file as UTF-8 text") from error
+    except OSError as error:
+        raise ConfigError(error.strerror or str(error), place=str(path), way_out="check the path") from error
     if text.lstrip().startswith("{"):
         text = _json_as_yaml(text, path)
     try:
-        values = read_settings(text).values
+        values = _joined(read_settings(text).values)
+    except UnicodeDecodeError as error:
+        way_out = "write the character itself"
+        raise ConfigError("half a character, a lone surrogate", place=str(path), way_out=way_out) from error
     except YamlError as error:
         where = f"{path}:{error.line}:{error.column}" if error.line else str(path)
         raise ConfigError(redact(str(error)), place=where, way_out="give the trainer's YAML or JSON file") from error
     lines: dict[str, int] = {}
-    _note_lines(yaml.compose(text, Loader=yaml.SafeLoader), "", lines)
-    return {str(key): value for key, value in values.items()}, lines
+    root: Any = yaml.compose(text, Loader=yaml.SafeLoader)
+    _note_lines(root, "", lines)
+    # By the words of the file: YAML reads the key null as nothing, and on as true.
+    names = [_joined(key.value) for key, _ in root.value]
+    return dict(zip(names, values.values(), strict=True)), lines
+
+
+def _joined(value: Any) -> Any:
+    """A value in which a pair of surrogates, as JSON escapes a character beyond the first 65,536, is that character.
+
+    Raises:
+        UnicodeDecodeError: half of such a pair.
+    """
+    if isinstance(value, dict):
+        return {_joined(key): _joined(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_joined(each) for each in value]
+    return value.encode("utf-16", "surrogatepass").decode("utf-16") if isinstance(value, str) else value
 
 
 def _json_as_yaml(text: str, path: Path) -> str:
@@ -206,7 +260,7 @@ def _json_as_yaml(text: str, path: Path) -> str:
 def _note_lines(node: Any, prefix: str, lines: dict[str, int]) -> None:
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
-            name = f"{prefix}{key.value}"
+            name = f"{prefix}{_joined(key.value)}"
             lines[name] = key.start_mark.line + 1
             _note_lines(value, f"{name}.", lines)
     elif isinstance(node, yaml.SequenceNode):

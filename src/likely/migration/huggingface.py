@@ -94,9 +94,7 @@ def read_training_arguments(job: Foreign, *, learning_rate: float, batch: str = 
     _evaluations(job)
     _saving(job)
     _trackers(job)
-    if job.count("seed") is not None:
-        job.carry("seed", job.count("seed"))
-        job.differs("seed", "the same number gives another order of rows and other adapters than there")
+    job.seed("the same number gives another order of rows and other adapters than there")
     for text, keys in NOT_NEEDED.items():
         job.not_needed(keys, text)
     job.without_counterpart(LACKING, off=(False, 0, 1, "none", "no", "every_save", "random", "default"))

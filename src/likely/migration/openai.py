@@ -19,25 +19,38 @@ def read(job: Foreign) -> None:
     kind = method.get("type", "supervised") if isinstance(method, dict) else None
     if kind != "supervised":
         raise job.wrong("method", "only supervised fine-tuning can be carried over")
+    _rest_of_method(job, method)
     job.carry("model", "CHANGE_ME")
     if job.value("model") is not None:
         job.differs("model", "its weights can't be had: set model to an open one, such as smollm2-135m to try it")
     for ours, theirs in (("data", "training_file"), ("eval_data", "validation_file")):
         _file(job, ours, theirs)
     suffix = job.text("suffix") or job.text("user_provided_suffix")
-    job.carry("output", f"runs/{suffix}" if suffix and "/" not in suffix else "runs/openai", "suffix")
+    job.carry(
+        "output", f"runs/{suffix}" if suffix and "/" not in suffix and suffix.strip(".") else "runs/openai", "suffix"
+    )
     job.carry("format", "messages")
     job.carry("train_on", "assistant")
     _hyperparameters(job)
-    if job.value("seed") is not None:
-        job.carry("seed", int(job.number("seed") or 0))
-        job.differs("seed", "the same number gives another order of rows")
+    job.seed("the same number gives another order of rows")
     if job.value("integrations"):
         parts = job.value("integrations")
         if "wandb" in str(parts):
             job.carry("track", "wandb")
         job.differs("integrations", "a run is told to trackers by track; project and names stand in their own settings")
     job.not_needed(OF_THE_SERVER, "the server's own account of the job")
+
+
+def _rest_of_method(job: Foreign, method: dict[str, Any]) -> None:
+    """What stands in ``method`` beside its type and its hyper-parameters."""
+    inner = method.get("supervised") or {}
+    if not isinstance(inner, dict) or not isinstance(inner.get("hyperparameters") or {}, dict):
+        raise job.wrong("method.supervised", "write a mapping with hyperparameters, as the API returns it")
+    for prefix, part, known in (("method", method, {"type", "supervised"}),
+                                ("method.supervised", inner, {"hyperparameters"})):  # fmt: skip
+        for key in part:
+            if key not in known and part[key] is not None:
+                job.lacks(f"{prefix}.{key}", "not known; see what it does there before you leave it out")
 
 
 def _file(job: Foreign, ours: str, theirs: str) -> None:
@@ -60,8 +73,11 @@ def _hyperparameters(job: Foreign) -> None:
         for part in prefix.split("."):
             inner = inner.get(part) if isinstance(inner, dict) else None
         for key, value in (inner if isinstance(inner, dict) else {}).items():
+            if key in found and found[key][1] != value:
+                job.differs(found[key][0], f"{prefix}.{key} says something else, and goes before it")
             found[key] = (f"{prefix}.{key}", value)
-    job.value("hyperparameters")
+    if not isinstance(job.value("hyperparameters", {}), dict):
+        raise job.wrong("hyperparameters", "write a mapping, as the API returns it")
     meant = {
         "n_epochs": ("epochs", "chosen by the server from the number of rows there; 3 here"),
         "batch_size": ("batch_size", "chosen by the server from the number of rows there; 8 here"),
