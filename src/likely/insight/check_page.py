@@ -144,9 +144,10 @@ def _plan(plan: dict[str, Any]) -> list[str]:
     again = ", layers computed twice" if plan["checkpointing"] == "full" else ""
     parts = ", ".join(f"{name} {value:.1f}" for name, value in plan["gigabytes"].items())
     step = f"{plan['seconds_per_step']:.3g} s a step (compute {seconds['compute']:.3g}"
-    step += f", exchange {seconds['communication']:.3g}, update {seconds['update']:.3g}"
+    step += f", exchange {seconds['communication']:.3g}, update {seconds['update']:.3g})"
+    slowest = f"the slowest GPU computes {plan['imbalance']:.2f} of the mean"
     return [
-        f"  on {cluster['gpus']:,} GPUs, {plan['layout']}{again}: {step}; the slowest {plan['imbalance']:.2f} of the mean)",
+        f"  on {cluster['gpus']:,} GPUs, {plan['layout']}{again}: {step}; {slowest}",
         f"    {plan['gigabytes_of_a_gpu']:.1f} GB of each GPU's {cluster['memory'] / 1e9:.0f}: {parts}",
         f"    a checkpoint has {plan['checkpoint_gigabytes']:.1f} GB, {plan['checkpoint_seconds']:.1f} s",
         *(f"    {note}" for note in plan["notes"]),
