@@ -24,6 +24,7 @@ import pytest
 
 from likely.data import reading, strict_json
 from likely.data.formats import parse_row
+from likely.data.parquet import BATCH_BYTES, BATCH_ROWS, sizes
 from likely.data.reading import Rows
 from likely.errors import DataError
 from likely.types import Source
@@ -342,3 +343,80 @@ def test_null_columns_of_a_table_are_named(tmp_path: Path) -> None:
     assert copy.deepcopy(found[1]).nulls == ("messages", "id")  # as rows are sent to workers
     with pytest.raises(DataError, match="the row has no keys, and null in 'messages', 'id'; write rows of"):
         parse_row(found[1], Source("d.parquet", 2))
+
+
+def write_table(path: Path, table: pa.Table, **options: Any) -> Path:
+    pq.write_table(table, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("file", ["d.jsonl", "d.json"])
+def test_nesting_that_other_parts_could_not_pass_on_is_refused(tmp_path: Path, file: str) -> None:
+    def raw(depth: int) -> bytes:
+        row = b'{"text": "a", "more": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+        return b"[" + row + b"]" if file == "d.json" else row
+
+    path = tmp_path / file
+    path.write_bytes(raw(strict_json.MAX_DEPTH))
+    assert len(list(Rows(path))) == 1
+    path.write_bytes(raw(strict_json.MAX_DEPTH + 1))
+    with pytest.raises(DataError, match="nested too deeply: over 100") as raised:
+        list(Rows(path))
+    assert raised.value.place == f"{path}:1"
+
+
+def test_many_rows_in_one_are_not_deep(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(json.dumps({"messages": [{"a": [1]}] * 500}))
+    assert len(list(Rows(tmp_path / "d.jsonl"))) == 1
+
+
+def test_parquet_text_that_is_not_utf8_is_one_bad_row(tmp_path: Path) -> None:
+    offsets = pa.array([0, 1, 2, 3], pa.int32()).buffers()[1]
+    texts = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"a\xffb")])
+    path = write_table(tmp_path / "d.parquet", pa.table({"text": texts}))
+    with pytest.raises(DataError, match="a value can't be read: 'utf-8' codec") as raised:
+        list(Rows(path))
+    assert raised.value.place == f"{path}:2"
+    passed: list[DataError] = []
+    rows = [(row["text"], source.line) for row, source in Rows(path, passed.append)]
+    assert rows == [("a", 1), ("b", 3)]
+    assert [error.place for error in passed] == [f"{path}:2"]
+
+
+def test_times_beside_the_text_do_no_harm(tmp_path: Path) -> None:
+    times = {
+        "with nanoseconds": pa.array([1], pa.timestamp("ns")),
+        "of an unknown zone": pa.array([1], pa.timestamp("us", tz="Mars/Phobos")),
+        "of day": pa.array([1], pa.time64("ns")),
+        "between": pa.array([1], pa.duration("ns")),
+    }
+    path = write_table(tmp_path / "d.parquet", pa.table({"text": ["a"], **times}))
+    assert [row["text"] for row, _ in Rows(path)] == ["a"]
+    late = pa.array([2**62], pa.timestamp("us"))
+    with pytest.raises(DataError, match="a value can't be read: date value out of range"):
+        list(Rows(write_table(tmp_path / "d.parquet", pa.table({"text": ["a"], "late": late}))))
+
+
+def test_a_column_of_parquet_that_stands_twice(tmp_path: Path) -> None:
+    columns = [pa.array([text]) for text in "abc"]
+    table = pa.Table.from_arrays(columns, names=["prompt", "prompt", "completion"])
+    with pytest.raises(DataError, match="a column name stands twice"):
+        list(Rows(write_table(tmp_path / "d.parquet", table)))
+
+
+def test_parquet_that_swells_is_a_bomb(tmp_path: Path) -> None:
+    texts = pa.array(["a" * 6_000_000] * 200).dictionary_encode()
+    path = write_table(tmp_path / "d.parquet", pa.table({"text": texts}), compression="zstd")
+    with pytest.raises(DataError, match="times its size"):
+        list(Rows(path))
+
+
+def test_large_values_of_a_dictionary_are_taken_in_small_batches(tmp_path: Path) -> None:
+    text = os.urandom(1_000_000).hex()
+    path = write_table(tmp_path / "d.parquet", pa.table({"text": pa.array([text] * 300).dictionary_encode()}))
+    unpacked, most_rows = sizes(pq.ParquetFile(path).metadata)
+    assert 2_000_000 < unpacked < 3_000_000
+    assert 1 <= most_rows <= BATCH_BYTES // 2_000_000
+    assert sum(row["text"] == text for row, _ in Rows(path)) == 300
+    words = pa.table({"text": [f"word {i}" for i in range(300)]})
+    assert sizes(pq.ParquetFile(write_table(path, words)).metadata)[1] == BATCH_ROWS

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from likely.data.hub import HubRows, rows_of
-from likely.data.reading import Rows, TableRow
+from likely.data.parquet import TableRow
+from likely.data.reading import Rows
 from likely.data.shapes import KNOWN_KEYS, OPTIONAL, PARSERS, REQUIRED, SHAPES, Notes, Shape, kind_of
 from likely.errors import ConfigError, DataError, quoted
 from likely.types import Conversation, Source

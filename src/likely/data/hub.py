@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from likely.data.reading import BadRow, Rows, of_table
+from likely.data.parquet import of_table
+from likely.data.reading import BadRow, Rows
 from likely.errors import DataError, first_line
 from likely.types import Source
 

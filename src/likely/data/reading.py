@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from likely.data import parquet
+from likely.data.parquet import of_table
 from likely.data.strict_json import MAX_ROW_BYTES, Elements, breaks_off, parse_json
-from likely.errors import DataError
+from likely.errors import DataError, first_line
 from likely.types import Source
 
 MAX_RATIO = 250  # unpacked bytes per packed byte; text of people packs about 4:1, a bomb 1000:1
@@ -55,6 +57,7 @@ WIDE = {
 }
 ENDINGS = {".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"}
 MOST_NAMES, FILES_NAMED = 10_000, 3  # of a folder that are looked at, and told
+UNPACK = "unpack it yourself if that is meant"
 USABLE = "give JSONL, a JSON array, CSV or Parquet"
 BadRow = Callable[[DataError], None]
 
@@ -242,20 +245,24 @@ class Rows:
             try:
                 values = next(reader, None)
             except csv.Error as error:
-                raise self._wrong(f"broken CSV: {error}", "close every quote and double those inside", line) from error
+                way_out = "close every quote and double those inside; end lines with LF or CR LF"
+                raise self._wrong(f"broken CSV: {error}", way_out, line) from error
             if values is None:
                 return
             if not values:
                 self.num_blank += 1
             elif names is None:
                 names = values
-                if len(set(names)) < len(names):
-                    raise self._wrong("a column name stands twice in the header", "name each column once", line)
+                self._refuse_twice(names, line)
             elif len(values) != len(names):
                 message = f"{len(values)} fields under a header of {len(names)} columns"
                 self._bad_row(self._wrong(message, "put quotes around text that holds the separator", line))
             else:
                 yield dict(zip(names, values, strict=True)), Source(self.path, line)
+
+    def _refuse_twice(self, names: list[str], line: int = 0) -> None:
+        if len(set(names)) < len(names):
+            raise self._wrong("a column name stands twice in the header", "name each column once", line)
 
     def _parquet(self, file: BinaryIO) -> Iterator[tuple[Any, Source]]:
         import pyarrow.parquet  # noqa: PLC0415  (slow to import, and few files are Parquet)
@@ -269,17 +276,38 @@ class Rows:
         number = 0
         try:
             table = pyarrow.parquet.ParquetFile(file)
-            for batch in table.iter_batches(batch_size=256):
-                for row in batch.to_pylist():
+            self._refuse_twice(table.schema_arrow.names)
+            unpacked, most_rows = parquet.sizes(table.metadata)
+            if unpacked > FREE_BYTES and unpacked > MAX_RATIO * before.st_size:
+                raise self._wrong(f"unpacks to over {MAX_RATIO} times its size", UNPACK)
+            for batch in table.iter_batches(batch_size=most_rows):
+                for row in self._rows_of(parquet.in_microseconds(batch), number + 1):
                     number += 1
                     self.share_read = number / table.metadata.num_rows
-                    yield of_table(row), Source(self.path, number)
+                    if row is not None:
+                        yield of_table(row), Source(self.path, number)
         except (pyarrow.ArrowException, OSError) as error:
             text = str(error).strip().splitlines()[0]
             raise self._wrong(f"broken Parquet: {text}", "write the file again", number) from error
         after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
             raise self._wrong("the file was changed while it was read", "start again")
+
+    def _rows_of(self, batch: Any, number: int) -> Iterator[dict[str, Any] | None]:
+        """The rows of a batch whose first is that ``number``; None for one with a value that Python can't hold, as text
+        that is not UTF-8 or a date beyond the year 9999."""
+        try:
+            yield from batch.to_pylist()
+            return
+        except (ValueError, LookupError, OverflowError):
+            pass  # one of them; which, each row alone shows
+        for i in range(batch.num_rows):
+            try:
+                row = batch.slice(i, 1).to_pylist()[0]
+            except (ValueError, LookupError, OverflowError) as error:
+                row = None
+                self._bad_row(self._wrong(f"a value can't be read: {first_line(error)}", "write it again", number + i))
+            yield row
 
 
 def _packing(head: bytes) -> str | None:
@@ -325,28 +353,6 @@ class _Unpacked(io.RawIOBase):
             raise self._wrong(f"broken {self._packing}: {error}", "copy or pack the file again") from error
         self._num_bytes += len(data)
         if self._num_bytes > FREE_BYTES and self._num_bytes > MAX_RATIO * self._packed.num_bytes:
-            raise self._wrong(f"unpacks to over {MAX_RATIO} times its size", "unpack it yourself if that is meant")
+            raise self._wrong(f"unpacks to over {MAX_RATIO} times its size", UNPACK)
         buffer[: len(data)] = data
         return len(data)
-
-
-class TableRow(dict[str, Any]):
-    """A row of a table, where every key of the schema stands in every row: null means that the key is absent. ``nulls``
-    are the columns of which that is so."""
-
-    nulls: tuple[str, ...] = ()
-
-
-def of_table(row: dict[str, Any]) -> TableRow:
-    """The row without the keys that are null, however deep."""
-    found = TableRow(without_nulls(row))
-    found.nulls = tuple(key for key, value in row.items() if value is None)
-    return found
-
-
-def without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: without_nulls(v) for key, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [without_nulls(v) for v in value]
-    return value

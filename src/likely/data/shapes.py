@@ -132,14 +132,14 @@ def _sharegpt_turn(turn: Any, where: str, source: Source) -> Message:
 
 def parse_alpaca(row: Mapping[str, Any], source: Source, notes: Notes) -> Conversation:
     asked = _text(row["instruction"], '"instruction"', source)
-    extra = _text(row.get("input") or "", '"input"', source)
+    extra = _text_or_none(row.get("input"), '"input"', source)
     answer = _text(row["output"], '"output"', source)
     if not answer:
         raise DataError('"output" is empty', place=str(source), way_out="remove the row")
     messages = []
-    if row.get("system"):
-        messages.append(Message("system", _text(row["system"], '"system"', source)))
-    history = row.get("history") or []
+    if system := _text_or_none(row.get("system"), '"system"', source):
+        messages.append(Message("system", system))
+    history = [] if row.get("history") in (None, "") else row["history"]
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise DataError('"history" is no list of pairs', place=str(source), way_out="write [[question, answer], ...]")
     for i, (question, past) in enumerate(history):
@@ -287,17 +287,18 @@ def _with_arguments(function: dict[str, Any], where: str, source: Source) -> dic
 
 
 def _tools(row: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], ...]:
-    value, legacy = row.get("tools"), row.get("functions")
+    value, legacy, key = row.get("tools"), row.get("functions"), "tools"
     if isinstance(value, str):
         value = _json(value, '"tools"', source) if value.strip() else None
     if legacy is not None:
         if value:
             raise DataError('the row has "tools" and "functions"', place=str(source), way_out="keep one of them")
         value = [{"type": "function", "function": f} for f in legacy] if isinstance(legacy, list) else legacy
+        key = "functions"
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError('"tools" is not a list of objects', place=str(source), way_out="write a list of tool schemas")
+        raise DataError(f'"{key}" is not a list of objects', place=str(source), way_out="write a list of tool schemas")
     return tuple(value)
 
 
@@ -312,6 +313,10 @@ def _text(value: Any, where: str, source: Source) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where} is {kind_of(value)}", place=str(source), way_out="write a string")
     return value
+
+
+def _text_or_none(value: Any, where: str, source: Source) -> str:
+    return "" if value is None else _text(value, where, source)
 
 
 def _json(text: str, where: str, source: Source) -> Any:

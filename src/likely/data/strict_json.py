@@ -13,6 +13,7 @@ from likely.types import Source
 
 MAX_ROW_BYTES = 16 * 2**20
 MAX_DIGITS = 4300
+MAX_DEPTH = 100  # of lists and objects in each other; Python's own limit is met elsewhere at several hundred
 
 
 class Element:
@@ -25,7 +26,7 @@ class Element:
         if len(self._text) > MAX_ROW_BYTES:
             message = f"the row is over {MAX_ROW_BYTES >> 20} MB"
             raise DataError(message, place=str(source), way_out="remove or split it")
-        return _refuse_half_characters(self._value, self._text, source)
+        return _refuse_odd(self._value, self._text, source)
 
 
 class Elements:
@@ -120,7 +121,7 @@ def parse_json(raw: bytes, source: Source) -> Any:
         raise wrong(f"broken JSON: {error}") from error
     except RecursionError as error:
         raise wrong("broken JSON: nested too deeply") from error
-    return _refuse_half_characters(row, text, source)
+    return _refuse_odd(row, text, source)
 
 
 def breaks_off(raw: bytes) -> bool:
@@ -134,7 +135,22 @@ def breaks_off(raw: bytes) -> bool:
     return False
 
 
-def _refuse_half_characters(row: Any, text: str, source: Source) -> Any:
+def is_deeper(value: Any, limit: int = MAX_DEPTH) -> bool:
+    """Whether lists and objects stand in each other more than ``limit`` times."""
+    level = [value]
+    for _ in range(limit):
+        inside = (child for v in level for child in (v.values() if isinstance(v, dict) else v))
+        level = [child for child in inside if isinstance(child, (dict, list))]
+        if not level:
+            return False
+    return True
+
+
+def _refuse_odd(row: Any, text: str, source: Source) -> Any:
+    """The value, unless it is nested too deeply to be passed on or holds half a character."""
+    if text.count("[") + text.count("{") > MAX_DEPTH and isinstance(row, (dict, list)) and is_deeper(row):
+        message = f"nested too deeply: over {MAX_DEPTH} lists and objects in each other"
+        raise DataError(message, place=str(source), way_out="flatten the row")
     if r"\ud" in text.lower():  # half a surrogate pair is JSON but no text
         try:
             json.dumps(row, ensure_ascii=False).encode()
