@@ -48,6 +48,12 @@ SHAPE = {
 }
 
 
+ROPE: dict[str, Any] = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
 def chats() -> list[dict[str, Any]]:
     rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in PAIRS]
     return [*rows, {"messages": [SYSTEM, *rows[0]["messages"], *rows[2]["messages"]]}]
@@ -98,6 +104,12 @@ def world(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, chat_t
         )  # fmt: skip
         runs[name] = str(run.folder)
     return World(runs, bases, data)
+
+
+@pytest.fixture(autouse=True)
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models leave nothing that memory would be short of, and looking for it takes a third of the time."""
+    monkeypatch.setattr("likely.deliver.gc.collect", lambda: 0)
 
 
 def export(world: World, name: str, to: str, output: Path, **settings: Any) -> dict[str, Any]:
@@ -284,7 +296,7 @@ FAULTS = [
     ("gguf", change_gguf(set_key("llama.rope.freq_base", 30.0)), "another model"),
     ("gguf", change_gguf(no_stop), "does not stop at"),
     ("gguf", change_gguf(other_template), "has other tokens"),
-    ("gguf", change_gguf(broken_merge), "can't load it"),
+    ("gguf", change_gguf(broken_merge), "can't load it|has other tokens"),
     ("ollama", change_text("Modelfile", "PARAMETER stop", 'PARAMETER stop "no"\n#'), "Modelfile"),
     ("ollama", change_text("Modelfile", 'PARAMETER stop "<|im_end|>"\n', ""), "does not stop at"),
     ("ollama", change_text("Modelfile", "<|im_end|>\n{{ end }}{{ end }}", "{{ end }}{{ end }}"), "has other tokens"),
@@ -358,24 +370,35 @@ def test_architectures_that_gguf_has_no_words_for(config: Any, words: str) -> No
 
 
 def test_rotary_embeddings_of_llama_3() -> None:
-    rope = {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    config = transformers.LlamaConfig(**SHAPE, vocab_size=64, rope_parameters=rope)
+    config = transformers.LlamaConfig(**SHAPE, vocab_size=64, rope_parameters=ROPE)
     theirs = transformers.AutoModelForCausalLM.from_config(config).model.rotary_emb.inv_freq
     head = config.head_dim
     plain = 1 / 10000.0 ** (torch.arange(0, head, 2) / head)
     factors = gguf_file.rope_factors(config)
     assert torch.allclose(plain / torch.from_numpy(factors), theirs, rtol=1e-5)
-    config.rope_parameters = rope | {"rope_type": "yarn"}
+    config.rope_parameters = ROPE | {"rope_type": "yarn"}
     with pytest.raises(ModelError, match="yarn"):
         gguf_file.rope_factors(config)
 
 
+def test_scaled_rotary_embeddings_are_verified_or_refused(tmp_path: Path, chat_tokenizer: Any) -> None:
+    ids = {"vocab_size": len(chat_tokenizer), "bos_token_id": 1, "eos_token_id": 2}
+    base = make_base(tmp_path / "base", transformers.LlamaConfig(**SHAPE, **ids, rope_parameters=ROPE), chat_tokenizer)
+    data = str(write_rows(tmp_path / "rows.jsonl", *chats()))
+    run = likely.train(model=base, data=data, eval_data=data, output=str(tmp_path / "run"), steps=1, dtype="float32")
+    settings: Any = {"run": str(run.folder), "to": "gguf", "output": str(tmp_path / "out"), "type": "f32"}
+    if readers.has_llama_cpp():
+        assert likely.export(**settings)["tool"].startswith("llama.cpp")
+        return
+    with pytest.raises(ModelError, match="pip install llama-cpp-python"):
+        likely.export(**settings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.skipif(not readers.has_llama_cpp(), reason="llama-cpp-python is not installed")
-def test_llama_cpp_says_so_too(world: World, tmp_path: Path) -> None:
-    report = export(world, "llama", "gguf", tmp_path / "out", type="f32")
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_llama_cpp_says_so_too(world: World, tmp_path: Path, name: str) -> None:
+    report = export(world, name, "gguf", tmp_path / "out", type="f32")
     assert report["tool"].startswith("llama.cpp")
 
 

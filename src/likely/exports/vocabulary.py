@@ -60,7 +60,7 @@ def read_vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if _is_byte_level(spec):
         return Vocabulary("gpt2", _pre_of(spec["pre_tokenizer"]), tokens, types, merges)
     if spec["model"].get("byte_fallback") and _is_sentencepiece(spec):
-        return _sentencepiece(spec, tokens, types, merges)
+        return _sentencepiece(spec, tokens, types, merges, tokenizer.unk_token)
     raise _unknown("a tokenizer that is neither byte-level nor SentencePiece's")
 
 
@@ -121,7 +121,9 @@ def _is_sentencepiece(spec: dict[str, Any]) -> bool:
     return json.dumps("\u2581")[1:-1] in normalizer
 
 
-def _sentencepiece(spec: dict[str, Any], tokens: list[str], types: list[int], merges: list[str]) -> Vocabulary:
+def _sentencepiece(
+    spec: dict[str, Any], tokens: list[str], types: list[int], merges: list[str], unknown: str | None
+) -> Vocabulary:
     """SentencePiece joins the two neighbours whose union has the best score, so a token's score is the rank of the
     first merge that makes it."""
     rank: dict[str, int] = {}
@@ -129,7 +131,6 @@ def _sentencepiece(spec: dict[str, Any], tokens: list[str], types: list[int], me
         rank.setdefault(merge.replace(" ", ""), i)
     scores = [-float(rank.get(token, 0)) for token in tokens]
     types = [BYTE if _is_byte(token) and kind == NORMAL else kind for token, kind in zip(tokens, types, strict=True)]
-    unknown = spec["model"].get("unk_token")
     types = [UNKNOWN if token == unknown else kind for token, kind in zip(tokens, types, strict=True)]
     prefix = any(step.get("type") == "Prepend" for step in (spec["normalizer"] or {}).get("normalizers", []))
     prefix |= (spec["pre_tokenizer"] or {}).get("prepend_scheme") in {"first", "always"}
