@@ -31,6 +31,7 @@ PUBLISHED: dict[str, Any] = {
     "eval_data": ["held_out.jsonl"],
     "datasets": ["org/rows"],
     "adapter": True,
+    "four_bits": False,
     "has_template": True,
     "supervised": {"assistant": {"tokens": 30, "supervised": 20, "weight": 19.5}},
     "settings": {"tune": "lora", "learning_rate": 2e-4},

@@ -202,18 +202,23 @@ def test_every_kind_of_lora_is_merged(tiny_model_dir: Path, tmp_path: Path, kind
         assert not torch.allclose(merged(ids).logits, plain, atol=1e-2)
 
 
-def test_an_adapter_on_four_bits(tmp_path: Path, chat_tokenizer: Any) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_adapter_on_four_bits(tmp_path: Path, chat_tokenizer: Any, family: str) -> None:
+    """GPT-2's layers keep (in, out), and in four bits (out, in): what is exported must keep what its readers expect."""
     pytest.importorskip("bitsandbytes", reason="the extra qlora is not installed")
-    shape = SHAPE | {"hidden_size": 64, "intermediate_size": 128}
-    config = transformers.LlamaConfig(**shape, vocab_size=len(chat_tokenizer), bos_token_id=1, eos_token_id=2)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "vocab_size": len(chat_tokenizer)}
+    config: Any = transformers.LlamaConfig(**SHAPE | {"hidden_size": 64, "intermediate_size": 128}, **ids)
+    if family == "gpt2":
+        config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=128, initializer_range=0.2, **ids)
     base = make_base(tmp_path / "base", config, chat_tokenizer)
     data = str(write_rows(tmp_path / "rows.jsonl", *chats()))
     run = likely.train(
         model=base, data=data, eval_data=data, output=str(tmp_path / "run"), tune="qlora", steps=4, batch_size=2,
         learning_rate=3e-2, dtype="float32",
     )  # fmt: skip
-    for to in ("adapter", "merged"):
-        report = likely.export(run=str(run.folder), to=to, output=str(tmp_path / to))
+    for to in ("adapter", "merged", "gguf"):
+        settings = {"type": "f32"} if to == "gguf" else {}
+        report = likely.export(run=str(run.folder), to=to, output=str(tmp_path / to), **settings)
         assert report["nll"]["run"] == pytest.approx(run.report["tuned"]["nll"], abs=1e-5)
 
 
@@ -286,6 +291,7 @@ FAULTS = [
     ("merged", flip_tensor, "another model"),
     ("merged", change_json("config.json", lambda c: c["rope_parameters"].update(rope_theta=30.0)), "another model"),
     ("merged", change_json("generation_config.json", lambda c: c.update(eos_token_id=[0])), "does not stop at"),
+    ("merged", change_json("config.json", lambda c: c.update(dtype="bfloat16")), "is read as bfloat16"),
     ("merged", change_text("chat_template.jinja", "assistant\n", "assistant"), "has other tokens"),
     ("merged", change_text("chat_template.jinja", "<|im_end|>", ""), "has other tokens"),
     ("merged", change_json("tokenizer.json", lambda c: c["model"]["merges"].pop(3)), "has other tokens"),

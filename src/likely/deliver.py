@@ -226,6 +226,8 @@ def _verify(work: _Work, folder: Path, scores: Sequence[ExampleScore]) -> dict[s
     asked, sample = work.asked, work.sample
     read = {"merged": readers.read_folder, "adapter": readers.read_adapter}.get(asked.to)
     reading = read(folder) if read else readers.read_gguf(folder / modelfile.GGUF)
+    if asked.to == "merged" and reading.dtype != (written := str(_dtype(work)).removeprefix("torch.")):
+        raise ModelError(f"it was written in {written}, and is read as {reading.dtype}")
     bound = fidelity.BOUNDS[reading.dtype if read else asked.type]
     date = work.config.template_date
     fidelity.compare_stops(work.stop_id, reading, work.tokenizer)

@@ -179,8 +179,8 @@ def published(config: dict[str, Any], origins: dict[str, Any], place: Place) -> 
 
     Returns:
         ``{"base": hub id or None, "base_name", "base_note": or None, "base_sha256", "licence": or None, "data": names,
-        "eval_data": names, "datasets": hub ids, "adapter": whether the tuned model is one, "has_template",
-        "supervised", "settings", "versions"}``
+        "eval_data": names, "datasets": hub ids, "adapter": whether the tuned model is one, "four_bits": whether its
+        base is in them, "has_template", "supervised", "settings", "versions"}``
     """
     weights = Path(place.weights)
     base = embedded.HUB_ID if embedded.is_converted(place.weights) else None if weights.is_dir() else place.weights
@@ -195,6 +195,7 @@ def published(config: dict[str, Any], origins: dict[str, Any], place: Place) -> 
         "eval_data": _names(origins["eval_data"]),
         "datasets": list(dict.fromkeys(part.partition(":")[0] for part in parts if is_hub_id(part))),
         "adapter": config["tune"] != "full",
+        "four_bits": config["tune"] == "qlora",
         "has_template": origins["template_sha256"] is not None and config["template"] != "raw",
         "supervised": origins["supervised"],
         "settings": {

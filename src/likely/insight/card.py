@@ -14,6 +14,14 @@ from huggingface_hub import EvalResult, ModelCardData
 from likely.insight.pictures import readable
 from likely.insight.report import LIMITS, Report
 
+# As training loaded a base in four bits (likely.model.quantized): on the weights of the files it is another model.
+FOUR_BITS = """\
+four_bits = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_use_double_quant=True,
+    bnb_4bit_compute_dtype=torch.float32,
+)"""
 NO_BASE = "base"  # the folder that the snippet looks for where the base has no name on the hub
 
 
@@ -133,18 +141,26 @@ def _use(published: Mapping[str, Any]) -> str:
     """How to load it, as code that runs beside the folder ``model``."""
     base = published["base"]
     lines, note = [], ""
+    classes, in_four_bits = "AutoModelForCausalLM, AutoTokenizer", ""
+    if published["four_bits"]:
+        lines += ["import torch"]
+        classes, in_four_bits = f"{classes}, BitsAndBytesConfig", ", quantization_config=four_bits, dtype=torch.float32"
     if published["adapter"]:
         lines += ["from peft import PeftModel"]
-    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += [f"from transformers import {classes}", ""]
+    if published["four_bits"]:
+        lines += [FOUR_BITS]
     if published["adapter"]:
         lines += [
-            f'base = AutoModelForCausalLM.from_pretrained("{base or NO_BASE}")',
+            f'base = AutoModelForCausalLM.from_pretrained("{base or NO_BASE}"{in_four_bits})',
             'model = PeftModel.from_pretrained(base, "model")',
         ]
         if base is None:
             note = f"\n\nThe base is not on the hub: `{NO_BASE}` is the folder of its files."
         if published["base_note"]:
             note += f"\n\n{published['base_note']}"
+        if published["four_bits"]:
+            note += "\n\nThe base was in four bits in training, and is another model without them. Needs bitsandbytes."
         if published["base_sha256"]:
             note += f"\n\nThe base's safetensors have SHA-256 `{published['base_sha256']}`."
     else:

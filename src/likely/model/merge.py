@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
+from transformers.pytorch_utils import Conv1D
 
 from likely.errors import ModelError, first_line
 from likely.model.load import read_network
@@ -35,8 +37,23 @@ def merged_network(place: Place) -> Any:
         raise ModelError(
             f"the adapter can't be merged: {first_line(error)}", place=str(place.adapter), way_out="use --to adapter"
         ) from error
+    _turn_back(merged)
     merged.name_or_path = merged.config.name_or_path = place.weights
     return merged
+
+
+def _turn_back(network: Any) -> None:
+    """GPT-2's layers keep (in, out). In four bits, and expanded from them, they are linear layers of (out, in), which
+    no reader of this architecture expects."""
+    with torch.device("meta"):
+        skeleton = transformers.AutoModelForCausalLM.from_config(network.config, trust_remote_code=False)
+    for name, wanted in skeleton.named_modules():
+        found = network.get_submodule(name)
+        if isinstance(wanted, Conv1D) and isinstance(found, torch.nn.Linear):
+            turned = Conv1D(found.out_features, found.in_features)
+            turned.weight = torch.nn.Parameter(found.weight.detach().T.contiguous())
+            turned.bias = found.bias
+            network.set_submodule(name, turned)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
