@@ -188,6 +188,29 @@ def test_evaluate_and_score_give_what_one_process_gives(flags: list[str], tiny_m
     assert scores[0] == scores[1]
 
 
+def test_a_curve_is_that_of_one_process(tiny_model_dir: Path, tmp_path: Path) -> None:
+    words = ["river", "stone", "garden", "paper", "silver", "market", "letter", "bridge"]
+    rows = [
+        {"prompt": " ".join(f"{words[(i * k) % 8]}{i * k}" for k in range(1, 9)), "completion": f"It is {8 * i}."}
+        for i in range(16)
+    ]
+    for name, some in (("train", rows[:12]), ("held", rows[12:])):
+        text = "".join(json.dumps(row) + "\n" for row in some)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    given = {"model": tiny_model_dir, "data": tmp_path / "train.jsonl", "eval-data": tmp_path / "held.jsonl"}
+    more = {"shares": "1/4,1/2,1", "seeds": 2, "steps": 3, "batch-size": 4, "dtype": "float32", "lora-rank": 2}
+    flags = [part for key, value in (given | more).items() for part in (f"--{key}", str(value))]
+    found = []
+    for num in (1, 2):
+        output = tmp_path / f"curve{num}"
+        ended = typed(num, ["curve", *flags, "--output", str(output), "--json"], tmp_path / str(num))
+        assert [e.code for e in ended] == [0] * num, ended
+        found.append(json.loads((output / "curve.json").read_bytes()))
+    for here, there in zip(*(curve["points"] for curve in found), strict=True):
+        assert here["nll"] == pytest.approx(there["nll"], rel=1e-6)
+        assert here["steps"] == there["steps"] == 3
+
+
 @pytest.mark.parametrize(
     ("variables", "words"),
     [

@@ -38,8 +38,9 @@ from likely.model.forward import LanguageModel
 from likely.model.fuse import fusing
 from likely.training import engine
 from likely.training.checkpoint import State
-from likely.training.log import Display, MetricsFile
+from likely.training.log import Display, MetricsFile, UnwrittenMetrics
 from likely.training.optim import build_optimizer
+from likely.training.parallel import Ranks, joined
 from likely.types import FloatArray, StepMetrics
 from likely.verb_settings import CurveSettings
 
@@ -91,6 +92,7 @@ class _Job:
     claim: run_folder.Claim
     display: Display
     about: dict[str, Any]
+    ranks: Ranks
 
     @property
     def points(self) -> Path:
@@ -104,23 +106,30 @@ def curve(settings: CurveSettings, display: Display) -> Curve:
         LikelyError: of the kind that fits; points that are done stay.
         Stopped: by a signal.
     """
-    resume, layout = settings.resume is not None, run_folder.CURVE
-    claiming = run_folder.claimed(settings.output, resume=resume, layout=layout)
-    with stops.listening(), claiming as claim, claim.explaining():
-        job = _begin(settings, claim, display)
-        points = _points_of(job)
-        done = _find_done(job, [BASE, *(point.name for point in points)])
-        missing = [point for point in points if point.name not in done]
-        if missing or BASE not in done:
-            _train(job, missing, done)
-        result = _compose(job, points, done)
+    with stops.listening(), joined() as ranks:
+        resume = settings.resume is not None or ranks.restarted
+        claiming = run_folder.claimed(settings.output, resume=resume, layout=run_folder.CURVE, first=ranks.first)
+        with claiming as claim, claim.explaining():
+            return _curve(_begin(settings, claim, display, ranks))
+
+
+def _curve(job: _Job) -> Curve:
+    claim, display = job.claim, job.display
+    points = _points_of(job)
+    done = _find_done(job, [BASE, *(point.name for point in points)])
+    missing = [point for point in points if point.name not in done]
+    if missing or BASE not in done:
+        _train(job, missing, done)
+    result = _compose(job, points, done)
+    if job.ranks.first:
         _write(job, result)
-        display.say(result["verdict"])
-        return Curve(claim.folder, result)
+    display.say(result["verdict"])
+    return Curve(claim.folder, result)
 
 
-def _begin(settings: CurveSettings, claim: run_folder.Claim, display: Display) -> _Job:
-    inputs = read_inputs(settings.training(), display)
+def _begin(settings: CurveSettings, claim: run_folder.Claim, display: Display, ranks: Ranks) -> _Job:
+    ranks.agree()  # that the folder is ours
+    inputs = ranks.one_host_one_maker(lambda: read_inputs(settings.training(), display))
     if inputs.eval_data is None:
         raise ConfigError("nothing is held out to judge the trainings by", way_out="give --eval-data or --eval-share")
     sources = provenance.sources(inputs.place, inputs.tokenizer, inputs.data, inputs.eval_data)
@@ -128,7 +137,10 @@ def _begin(settings: CurveSettings, claim: run_folder.Claim, display: Display) -
     about = {"config": inputs.config.model_dump(), "fingerprints": provenance.fingerprints(sources)}
     shared = [key for key in type(settings).model_fields if key in type(inputs.config).model_fields]
     chosen = {**{key: getattr(inputs.config, key) for key in shared}, "resume": None}
-    job = _Job(settings, inputs, inputs.eval_data, claim, display, about)
+    job = _Job(settings, inputs, inputs.eval_data, claim, display, about, ranks)
+    ranks.require_same("the settings or the data", inputs.identity())
+    if not ranks.first:
+        return job
     for folder in sorted(job.points.iterdir()) if job.points.is_dir() else []:
         try:
             begun = manifest.read(folder)
@@ -171,10 +183,10 @@ def _points_of(job: _Job) -> list[_Point]:
 
 def _find_done(job: _Job, names: Sequence[str]) -> dict[str, _Judged]:
     """The points that an earlier process has finished; one that can't be trusted is told, and made again."""
-    found = {}
+    found: dict[str, _Judged] = {}
     for name in names:
         folder = job.points / name
-        if not folder.exists():
+        if not folder.exists() or not job.ranks.first:
             continue
         try:
             manifest.verify(folder)
@@ -185,12 +197,13 @@ def _find_done(job: _Job, names: Sequence[str]) -> dict[str, _Judged]:
             found[name] = _Judged(nll_N, content["step"])
         except (ModelError, OSError, ValueError, KeyError, TypeError) as error:
             job.display.say(f"passed over: {error}")
-    return found
+    told = job.ranks.first_says([[name, judged.nll_N.tolist(), judged.step] for name, judged in found.items()])
+    return {name: _Judged(np.array(nll_N), step) for name, nll_N, step in told}
 
 
 def _train(job: _Job, missing: Sequence[_Point], done: dict[str, _Judged]) -> None:
     """The points that are not done, from one model in memory; each is in ``done`` and on the disk before the next."""
-    display, model = job.display, load_model(job.inputs)
+    display, model = job.display, load_model(job.inputs, sharers=job.ranks.local_world_size)
     for note in model.kernels.notes:
         display.say(note)
     restart = models.Restart(model, tuning_of(job.inputs.config))
@@ -237,14 +250,15 @@ class _Judge:
 
     def _scores(self) -> Any:
         examples = self._job.held_out.examples
-        scores = evaluation.score_examples(self._model, examples, self._job.inputs.config.pack_tokens or 0)
+        pack_tokens, ranks = self._job.inputs.config.pack_tokens or 0, self._job.ranks
+        scores = evaluation.score_examples(self._model, examples, pack_tokens, ranks=ranks)
         self.latest, _ = evaluation.nll_per_example(examples, scores)
         return scores
 
 
 def _train_point(job: _Job, model: LanguageModel, point: _Point, show: Callable[[StepMetrics], None]) -> _Judged:
     config = job.inputs.config.model_copy(update={"seed": point.seed})
-    metrics = MetricsFile(job.claim.folder / "metrics.jsonl")
+    metrics = (MetricsFile if job.ranks.first else UnwrittenMetrics)(job.claim.folder / "metrics.jsonl")
     metrics.rewind(0)
     judge = _Judge(job, model)
     journal = Journal(
@@ -260,14 +274,16 @@ def _train_point(job: _Job, model: LanguageModel, point: _Point, show: Callable[
     )
     optimizer = build_optimizer(model.network.parameters(), config.weight_decay)
     examples = point.table.examples
-    engine.train(model, examples, optimizer, plan_of(config, point.steps, examples), journal)
+    engine.train(model, examples, optimizer, plan_of(config, point.steps, examples), journal, ranks=job.ranks)
     if config.patience and journal.best:
         return _Judged(judge.best, journal.best[0])
     return _Judged(judge.score(), journal.step)
 
 
 def _save(job: _Job, name: str, judged: _Judged) -> None:
-    """Put a point in place; when this returns, no crash can take it away."""
+    """Put a point in place, by the first rank; when this returns there, no crash can take it away."""
+    if not job.ranks.first:
+        return
     final, metrics = job.points / name, job.claim.folder / "metrics.jsonl"
     content = {"step": judged.step, "nll_nats": judged.nll_N.tolist()}
     job.claim.require()
