@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -278,6 +279,21 @@ def test_asks_are_checked(viewer: Viewer, ask: object) -> None:
     refused(json.dumps(body).encode(), viewer)
 
 
+def test_what_was_asked_is_not_said_back_whole(viewer: Viewer, run_id: str) -> None:
+    for ask in ({"kind": "k" * 100_000}, {"kind": "check", "run": run_id, "k" * 100_000: 1}):
+        status, body = viewer.post("/api/jobs", ask)
+        assert status == 400
+        refused(json.dumps(body).encode(), viewer)
+
+
+def test_cookies_of_other_servers_of_this_machine_don_t_hide_ours(viewer: Viewer) -> None:
+    name = viewer.cookie.partition("=")[0]
+    for other in ('prefs={"a": 1}', 'a="x\\"y', "a[b]=c d,e", "=", "a", f"{name}=x"):
+        assert viewer.get("/api/runs", cookie=f"{other}; {viewer.cookie}")[0] == 200
+        assert viewer.get("/api/runs", cookie=f"{viewer.cookie};{other}")[0] == 200
+        assert viewer.get("/api/runs", cookie=f"{other}; x{viewer.cookie}; {name}={other}")[0] == 401
+
+
 def test_what_is_not_there_is_not_asked_of(viewer: Viewer, scores_id: str) -> None:
     for ask in (
         {"kind": "check", "run": "../../etc"},
@@ -310,6 +326,15 @@ def test_streams_are_bounded_and_given_back(viewer: Viewer, run_id: str) -> None
     raise AssertionError("the streams were not given back")
 
 
+@contextmanager
+def _ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Who fails must not wait for a process that nobody ends."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 def test_slow_and_idle_connections_are_ended(run_folder: Path) -> None:
     """In a viewer of its own, whose patience is short."""
     code = (
@@ -322,7 +347,7 @@ def test_slow_and_idle_connections_are_ended(run_folder: Path) -> None:
         text=True,
     )
     assert process.stdout is not None
-    with process:
+    with process, _ending(process):
         address = process.stdout.readline().strip()
         port = int(address.split(":")[2].split("/")[0])
         slow = [socket.create_connection(("127.0.0.1", port), 10) for _ in range(200)]
@@ -337,6 +362,15 @@ def test_slow_and_idle_connections_are_ended(run_folder: Path) -> None:
             answer = good.recv(4096).decode()
             assert " 200 " in answer
             cookie = answer.partition("set-cookie: ")[2].partition(";")[0]
+        head = f"GET /nothing HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        for more, then in (("\r\n", "G"), ("\r\n", "GET / HTTP/1.1\r\nHost: 127"), ("Content-Length: 9\r\n\r\n", "{")):
+            with socket.create_connection(("127.0.0.1", port), 10) as later:  # which asks once, without a session
+                later.sendall((head + more).encode())
+                assert b" 401 " in later.recv(4096)
+                with suppress(ConnectionError):
+                    later.sendall(then.encode())
+                    while later.recv(4096):
+                        pass
         head = f"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: {cookie}\r\n"
         head += f"Origin: http://127.0.0.1:{port}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{{"
         with socket.create_connection(("127.0.0.1", port), 10) as body:

@@ -187,6 +187,53 @@ def test_hostile_files_of_a_run_are_not_there(tmp_path: Path) -> None:
     assert Run(folder).report == {"verdict": "v", "x": None, "__proto__": None}
 
 
+def test_what_never_ends_or_begins_is_no_file_of_a_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for name in ("config.yaml", "report.json", "metrics.jsonl", storage.LOCK):
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name)  # to open it would wait for a writer
+    assert Run(folder).entry()["verdict"] is None
+    assert Run(folder).config is None
+    for name in ("config.yaml", "report.json", "metrics.jsonl", storage.LOCK):
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+    assert Run(folder).entry()["step"] == 0
+    assert Run(folder).config is None
+
+
+@pytest.mark.parametrize("depth", [50, 900, 990, 5_000])
+def test_a_report_is_written_again_or_is_none(tmp_path: Path, depth: int) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "report.json").write_text('{"verdict": "v", "x": ' + "[" * depth + "]" * depth + "}")
+    report = Run(folder).report
+    assert (report is not None) == (depth == 50)
+    assert json.dumps(report)
+
+
+def test_runs_that_are_gone_leave_their_place_and_one_that_is_hidden_hides_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "MOST_RUNS", 2)
+    shelf = Shelf([make_run(tmp_path / "runs" / "0").parent])
+    for i in range(4):
+        (run,) = shelf.runs()
+        assert run.folder.name == str(i)
+        run.folder.rename(tmp_path / str(i))
+        assert shelf.find(run.id) is None
+        make_run(tmp_path / "runs" / str(i + 1))
+    monkeypatch.setattr(runs, "MOST_RUNS", 9)
+    make_run(tmp_path / "runs" / "secret")
+    is_file = Path.is_file
+
+    def refusing(path: Path) -> bool:
+        if path.parent.name == "secret":
+            raise PermissionError
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refusing)
+    assert [run.folder.name for run in shelf.runs()] == ["4"]
+
+
 def test_runs_come_up_and_states_are_named(tmp_path: Path) -> None:
     make_run(tmp_path / "runs" / "one")
     shelf = Shelf([tmp_path / "runs"])

@@ -21,6 +21,9 @@ from likely.insight.score_file import record_writer
 from likely.insight.score_reading import is_score_file, read_records, record_at
 from likely.web import table as tables
 from likely.web.index import SORTED, build_index, facts_of, folder_of
+from likely.web.jobs import Lane
+from likely.web.runs import Shelf
+from likely.web.scores import ScoreSets
 from likely.web.table import Filter, Table, inert
 
 WORDS = ["Paris", "paris", "ÉTÉ", "été", "東京", "<b>", "=SUM(A1)", "\n", "🙂", "STRASSE", "straße", " "]
@@ -256,3 +259,20 @@ def test_numbers_that_are_not_finite_are_unknown(tmp_path: Path) -> None:
     assert row["nll_tuned"] is None
     assert row["change"] is None
     assert np.isfinite(row["tokens"])
+
+
+@pytest.mark.parametrize(("name", "content"), [("facts.json", "{"), ("facts.json", "{}"), ("nll_tuned.col", "1" * 16)])
+def test_an_index_that_is_not_whole_is_made_anew(tmp_path: Path, name: str, content: str) -> None:
+    """Such as a machine leaves behind that went down."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(make_record(0, random.Random(0))) + "\n")  # noqa: S311
+    folder = build_index(tmp_path / "rows.jsonl", lambda *_: None)
+    (folder / name).write_text(content)
+    sets = ScoreSets(Shelf([run]), [tmp_path / "rows.jsonl"], Lane([]))
+    sets.look()
+    assert [each["state"] for each in sets.all_told()] == ["waiting"]
+    build_index(tmp_path / "rows.jsonl", lambda *_: None)
+    sets.look()
+    assert [each["state"] for each in sets.all_told()] == ["ready"]

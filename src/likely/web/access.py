@@ -15,7 +15,6 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -142,12 +141,10 @@ class Access:
         return self._host in {"0.0.0.0", "::"}  # noqa: S104  (compared, not bound)
 
     def _has_session(self, header: str) -> bool:
-        try:
-            morsel = SimpleCookie(header).get(self._cookie)
-        except CookieError:
-            return False
-        value = morsel.value if morsel else ""
-        return hmac.compare_digest(value.encode(errors="replace"), self._session.encode())
+        # Cookies know no ports, so those of any other server of this machine come along, however they are written.
+        pairs = [part.strip().partition("=") for part in header.split(";")]
+        given = [value.encode(errors="replace") for name, _, value in pairs if name == self._cookie]
+        return any(hmac.compare_digest(value, self._session.encode()) for value in given)
 
 
 def _headers(scope: Scope) -> Mapping[str, str]:

@@ -122,7 +122,8 @@ def make_app(viewer: Viewer) -> Starlette:
         route("/api/jobs/{job}", _job),
         route("/api/jobs/{job}", _cancel, "DELETE"),
     ]
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={RefusedError: _refused, HTTPException: _http})
+    handlers = {RefusedError: _refused, HTTPException: _http, Exception: _bug}
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
     app.router.redirect_slashes = False  # an address is one of ours or it is not
     return app
 
@@ -136,6 +137,10 @@ async def _http(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101
     words = {404: "there is nothing at this address", 405: "this method is not used here"}
     return answer({"error": words.get(error.status_code, "the request can't be answered")}, error.status_code)
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    return answer({"error": f"a bug of ours ({type(error).__name__}); please report it"}, 500)
 
 
 # --- files ---

@@ -12,6 +12,7 @@ from likely.web.jobs import Job
 from likely.web.runs import Run, Shelf
 from likely.web.scores import ScoreSets
 
+MAX_TOLD = 200  # characters of what is wrong, which may be a part of the request
 Id = Annotated[str, Field(max_length=64)]
 Text = Annotated[str, Field(min_length=1, max_length=100_000)]
 Rivals = Annotated[int, Field(ge=0, le=50)]
@@ -80,7 +81,7 @@ def read_ask(body: bytes) -> Any:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"][1:]) or "kind"
-        raise RefusedError(400, f"{where}: {first['msg']}") from error
+        raise RefusedError(400, f"{where[:MAX_TOLD]}: {first['msg'][:MAX_TOLD]}") from error
     except (ValueError, RecursionError) as error:
         raise RefusedError(400, "the body is no JSON") from error
 

@@ -6,7 +6,9 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +18,11 @@ from likely import storage
 from likely.errors import ConfigError
 from likely.insight.score_reading import is_score_file
 from likely.strict_yaml import YamlError, read_settings
-from likely.web.tail import Tail
+from likely.web.tail import Tail, open_file
 
 MOST_RUNS = 200
 MAX_FILE = 64 << 20  # bytes of a JSON or YAML file
+MAX_DEPTH = 64  # of lists and objects in one another
 FRESH_SECONDS = 20.0  # a run that wrote so lately is at work, whatever can be seen of its lock
 STALE_SECONDS = 180.0  # at least; steps may take longer
 STALE_STEPS = 10.0
@@ -51,13 +54,14 @@ class Run:
     def _read(self, name: str, parse: Any) -> Any:
         """A small file's content, read again when it has changed; None where it is not there or not whole."""
         try:
-            told = (self.folder / name).stat()
-            stamp = (told.st_mtime_ns, told.st_size)
-            if name not in self._kept or self._kept[name][0] != stamp:
-                if told.st_size > MAX_FILE:
-                    return None
-                self._kept[name] = stamp, parse((self.folder / name).read_text(encoding="utf-8"))
-            return self._kept[name][1]
+            with open_file(self.folder / name) as file:
+                told = os.fstat(file.fileno())
+                stamp = (told.st_mtime_ns, told.st_size)
+                if name not in self._kept or self._kept[name][0] != stamp:
+                    if told.st_size > MAX_FILE:
+                        return None
+                    self._kept[name] = stamp, _shallow(parse(file.read(MAX_FILE).decode()))
+                return self._kept[name][1]
         except (OSError, ValueError, RecursionError):
             return None
 
@@ -111,7 +115,10 @@ class Run:
             return "finished", "The training is finished."
         step, total = self.tail.last_step, self.num_steps
         done = f"step {step} of {total}" if total else f"step {step}"
-        quiet = max(0.0, time.time() - (self._changed() or 0.0))
+        changed = self._changed()
+        if changed is None:
+            return "stopped", "The run folder is empty, or gone."
+        quiet = max(0.0, time.time() - changed)
         held = holder(self.folder) is not None
         if held and quiet > max(STALE_SECONDS, STALE_STEPS * self.tail.usual_seconds()):
             return "stale", f"The training's process lives, but nothing new was written for {_ago(quiet)} ({done})."
@@ -126,11 +133,11 @@ class Run:
         with suppress(OSError):
             for path in (self.folder / "checkpoints").iterdir():
                 number = CHECKPOINT.fullmatch(path.name)
-                if number and (path / "model").is_dir():
+                if number and _is_folder(path / "model"):
                     saved.append((int(number[1]), path.name))
         found = [{"id": "base", "name": "base model"}]
         found += [{"id": name, "name": f"step {number}"} for number, name in sorted(saved)]
-        if (self.folder / "model").is_dir():
+        if _is_folder(self.folder / "model"):
             found.append({"id": "tuned", "name": "tuned model"})
         return found
 
@@ -174,7 +181,7 @@ class Run:
                 if path.suffix in {".jsonl", ".parquet"} and path.name.startswith(self.folder.name):
                     found.append(path)
         own = self.own_scores()
-        return [path for path in [own, *found] if path.is_file() and is_score_file(path)][:20]
+        return [path for path in [own, *found] if _is_file(path) and is_score_file(path)][:20]
 
 
 class Shelf:
@@ -183,8 +190,9 @@ class Shelf:
     def __init__(self, places: list[Path]) -> None:
         self._places = places
         self._runs: dict[str, Run] = {}
+        self._lock = threading.Lock()
         for place in places:
-            if not place.is_dir():
+            if not _is_folder(place):
                 raise ConfigError("there is no such run folder", place=str(place), way_out="name a run folder")
             if not is_run(place) and not _runs_in(place):
                 raise ConfigError(
@@ -194,23 +202,43 @@ class Shelf:
                 )
 
     def runs(self) -> list[Run]:
-        for place in self._places:
-            for folder in [place] if is_run(place) else _runs_in(place):
-                if len(self._runs) < MOST_RUNS:
-                    self._runs.setdefault(id_of(folder), Run(folder))
-        return [run for run in self._runs.values() if run.folder.is_dir()]
+        with self._lock:
+            for name, run in list(self._runs.items()):
+                if not _is_folder(run.folder):
+                    del self._runs[name]  # and leave its place to another
+            for place in self._places:
+                for folder in [place] if is_run(place) else _runs_in(place):
+                    if len(self._runs) < MOST_RUNS:
+                        self._runs.setdefault(id_of(folder), Run(folder))
+            return list(self._runs.values())
 
     def find(self, name: str) -> Run | None:
-        return self._runs.get(name) or next((run for run in self.runs() if run.id == name), None)
+        found = self._runs.get(name)
+        if found is not None and _is_folder(found.folder):
+            return found
+        return next((run for run in self.runs() if run.id == name), None)
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "run.json").is_file()
+    return _is_file(folder / "run.json")
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is a file, as far as may be seen: one that may not be looked at hides no others."""
+    with suppress(OSError):
+        return path.is_file()
+    return False
+
+
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):
+        return path.is_dir()
+    return False
 
 
 def _runs_in(folder: Path) -> list[Path]:
     with suppress(OSError):
-        return sorted(path for path in folder.iterdir() if path.is_dir() and is_run(path))[:MOST_RUNS]
+        return sorted(path for path in folder.iterdir() if is_run(path))[:MOST_RUNS]
     return []
 
 
@@ -218,8 +246,9 @@ def holder(folder: Path) -> int | None:
     """The process that holds a run folder's lock; None where nobody does. The lock itself is not touched: who tried it
     would hold it for a moment, and a training that starts in that moment would be refused."""
     try:
-        told = (folder / storage.LOCK).stat()
-        text = (folder / storage.LOCK).read_text()[:20].strip()
+        with open_file(folder / storage.LOCK) as file:
+            told = os.fstat(file.fileno())
+            text = file.read(20).decode().strip()
     except (OSError, ValueError):
         return None
     if not text.isdigit():
@@ -246,6 +275,26 @@ def _lives(pid: int) -> bool:
 def _json(text: str) -> Any:
     """JSON whose numbers every reader knows: what is not finite is null."""
     return json.loads(text, parse_constant=lambda _: None)
+
+
+def _shallow(value: Any) -> Any:
+    """A value that can be written as JSON again wherever it stands.
+
+    Raises:
+        ValueError: it is nested too deeply.
+    """
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for each in level for inner in _inside(each)]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def _yaml(text: str) -> Any:

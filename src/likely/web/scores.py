@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,7 +133,12 @@ class ScoreSets:
             if each.table is not None and each.index == folder:
                 return
             if (folder / "facts.json").is_file():
-                each.table, each.index, each.job = Table(folder), folder, None
+                try:
+                    each.table = Table(folder)
+                except (OSError, ValueError, KeyError, TypeError):  # a machine that went down while it was written
+                    shutil.rmtree(folder, ignore_errors=True)
+                    return
+                each.index, each.job = folder, None
                 use(folder)
             elif each.index is not None or (each.job is not None and each.asked != folder):
                 if each.job is not None and each.job.state not in OVER:
@@ -147,7 +153,7 @@ class ScoreSets:
                 each.job = self._lane.submit(Job("index", {"scores": str(each.path)}))
 
     def of_run(self, run: Run) -> list[dict[str, Any]]:
-        return [each.told() for each in self._sets.values() if each.run is run]
+        return [each.told() for each in self._sets.values() if each.run is not None and each.run.folder == run.folder]
 
     def all_told(self) -> list[dict[str, Any]]:
         return [each.told() for each in self._sets.values()]

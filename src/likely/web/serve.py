@@ -21,7 +21,7 @@ from likely.web.access import MAX_HEADERS, Access, Gate
 from likely.web.app import Viewer, make_app
 
 MOST_CONNECTIONS = 128
-REQUEST_SECONDS = 10.0  # from a connection's beginning to its first whole head of a request
+REQUEST_SECONDS = 10.0  # for a whole head of a request, from the connection's beginning or from the head's own
 IDLE_SECONDS = 20
 
 
@@ -54,29 +54,32 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Patient(H11Protocol):
-    """A connection that is closed where no whole request arrives in time; uvicorn itself waits for ever."""
+    """A connection that is closed where the head of a request, the first or a later one, does not arrive in time;
+    uvicorn itself waits for ever once a head has begun."""
 
     _too_slow: asyncio.TimerHandle | None = None
-    _asked = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
             return
-        self._too_slow = self.loop.call_later(REQUEST_SECONDS, self._give_up)
+        self._too_slow = self.loop.call_later(REQUEST_SECONDS, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._asked = self._asked or self.cycle is not None
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._wait_no_more()
+        elif self._too_slow is None:
+            self._too_slow = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
 
-    def _give_up(self) -> None:
-        if not self._asked:
-            self.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
+    def _wait_no_more(self) -> None:
         if self._too_slow is not None:
             self._too_slow.cancel()
+            self._too_slow = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._wait_no_more()
         super().connection_lost(exc)
 
 

@@ -57,7 +57,11 @@ class Page:
 
 
 class Table:
-    """The index in a folder, which :func:`likely.web.index.build_index` made; it may be read by several threads."""
+    """The index in a folder, which :func:`likely.web.index.build_index` made; it may be read by several threads.
+
+    Raises:
+        OSError, ValueError, KeyError, TypeError: the index is not whole.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,6 +70,8 @@ class Table:
         self._columns = {name: self._map(f"{name}.col", np.int64) for name in (*INTEGERS, "text_ends", "folded_ends")}
         self._columns |= {name: self._map(f"{name}.col", np.float64) for name in NUMBERS}
         self._orders = {name: self._map(f"{name}.order", np.int32) for name in SORTED}
+        if any(len(each) != self.num_rows for each in (*self._columns.values(), *self._orders.values())):
+            raise ValueError("the index is not whole")
         # Rows without the value stand last, in either direction.
         self._known = {
             name: int(np.isfinite(self._columns[name]).sum()) if name in NUMBERS else self.num_rows for name in SORTED

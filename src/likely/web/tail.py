@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_LINE = 1 << 20  # bytes; a longer line is none of ours and is passed over
 MAX_POINTS = 4_000  # of a snapshot, before each is the mean of several steps
@@ -21,6 +23,19 @@ STEP_COLUMNS = (
     "supervised_tokens",
     "seconds",
 )
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file to be read. A pipe or a device, which may never end or never begin, is none.
+
+    Raises:
+        OSError: it can't be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "no regular file", str(path))
 
 
 class Tail:
@@ -51,7 +66,7 @@ class Tail:
         """Read what is new."""
         with self._lock:
             try:
-                with self._path.open("rb") as file:
+                with open_file(self._path) as file:
                     self._refresh(file)
             except OSError:
                 if self.num_lines:

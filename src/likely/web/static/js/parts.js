@@ -4,7 +4,7 @@ import { aborted, work } from "./api.js";
 import { announce, fill, h, unique } from "./dom.js";
 import { count, duration } from "./format.js";
 
-/** A table. columns: [{name, head, number, cell: (row) => child}]; `head` marks the cell that names the row. */
+/** A table. columns: [{name, head, number, long, cell: (row) => child}]; `head` marks the cell that names the row. */
 export function table({ caption, columns, rows, hideCaption = false }) {
   const header = columns.map(({ name, number }) =>
     name ? h("th", { scope: "col", class: number ? "number" : null }, name) : h("td", {}),
@@ -13,8 +13,8 @@ export function table({ caption, columns, rows, hideCaption = false }) {
     h(
       "tr",
       {},
-      columns.map(({ cell, number, head }) =>
-        h(head ? "th" : "td", { scope: head ? "row" : null, class: number ? "number" : null }, cell(row)),
+      columns.map(({ cell, number, long, head }) =>
+        h(head ? "th" : "td", { scope: head ? "row" : null, class: number ? "number" : long ? "long" : null }, cell(row)),
       ),
     ),
   );

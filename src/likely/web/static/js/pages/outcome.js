@@ -32,7 +32,7 @@ function figures({ name, report }, named) {
     named && h("h3", {}, harmless(name)),
     delta && cards(delta, tuned),
     table({
-      caption: `${many(tuned.num_examples, "example")}, ${count(tuned.num_tokens)} trained tokens`,
+      caption: `${named ? `${harmless(name)}: ` : ""}${many(tuned.num_examples, "example")}, ${count(tuned.num_tokens)} trained tokens`,
       rows,
       columns: [
         { name: "", head: true, cell: (row) => row.words },

@@ -26,7 +26,7 @@ function roles({ name, origins: own }, named) {
     named && h("h3", {}, harmless(name)),
     h("p", {}, `${count(trained)} of ${count(total)} tokens are trained; the others are only read.${what}`),
     table({
-      caption: "Tokens by role",
+      caption: named ? `Tokens by role, ${harmless(name)}` : "Tokens by role",
       hideCaption: true,
       rows,
       columns: [

@@ -32,7 +32,7 @@ const listOfRuns = (runs) =>
       { name: "Run", head: true, cell: (run) => h("a", { href: address(`/run/${run.id}`) }, harmless(run.name)) },
       { name: "State", cell: stateBadge },
       { name: "Step", number: true, cell: (run) => (run.num_steps ? `${count(run.step)} of ${count(run.num_steps)}` : count(run.step)) },
-      { name: "Verdict", cell: (run) => harmless(run.verdict ?? run.told) },
+      { name: "Verdict", long: true, cell: (run) => harmless(run.verdict ?? run.told) },
     ],
   });
 
