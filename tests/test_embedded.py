@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +93,25 @@ def test_demo_teaches_the_capital(tmp_path: Path) -> None:
     assert result.report["delta"]["ci95"][1] < 0
     assert "Training helped" in (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert len(result.report["answers"]) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has another unit elsewhere")
+@pytest.mark.parametrize(("tune", "dtype"), [("lora", "bfloat16"), ("full", "float32")])
+def test_the_check_knows_the_peak_memory(tmp_path: Path, tune: str, dtype: str) -> None:
+    """Within 20% of what the system counts of a training in a process of its own."""
+    shared = ["--model", "smollm2-135m", "--tune", tune, "--dtype", dtype, "--steps", "2", "--eval-share", "0"]
+
+    def run_likely(*words: str) -> tuple[str, float]:
+        command = [sys.executable, "-m", "likely", *words, *shared]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            said = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        return said, usage.ru_maxrss * 1024 / 1e9
+
+    told = json.loads(run_likely("check", str(MATHS), "--json")[0])["cost"]["estimate"]
+    flags = ["--data", str(MATHS), "--output", str(tmp_path / "run"), "--activation-checkpointing", "none"]
+    _, peak_gb = run_likely("train", *flags)
+    assert told["peak_gb"] == pytest.approx(peak_gb, rel=0.2)
