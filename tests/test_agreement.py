@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from likely import examine, run
+from likely import examine, inputs
 from likely.config import make_config, make_settings
 from likely.errors import LikelyError
 from likely.training.log import Display
@@ -137,7 +137,7 @@ def compare(model: Path, data: str, settings: dict[str, Any], folder: Path) -> s
     given = {"max_length": LIMIT, **settings, "model": str(model), "data": data}
     given |= {"eval_data": str(folder / given["eval_data"])} if "eval_data" in given else {}
     asked = {key: value for key, value in given.items() if key != "data"}
-    _, trained = attempt(lambda: run._read_inputs(make_config({**given, "output": str(folder / "run")}), Display()))
+    _, trained = attempt(lambda: inputs.read_inputs(make_config({**given, "output": str(folder / "run")}), Display()))
     result, checked = attempt(lambda: examine.check(data, make_settings(CheckSettings, asked), Display()))
     if checked is not None:
         assert trained is not None, f"check alone refuses: {checked}"

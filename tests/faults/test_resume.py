@@ -85,7 +85,7 @@ def test_cut_after_the_last_step(lora_world: Any, tmp_path: Path, monkeypatch: A
 
 def test_a_finished_run_is_left_alone(lora_world: Any, monkeypatch: Any) -> None:
     before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in lora_world.undisturbed.rglob("*") if p.is_file()}
-    monkeypatch.setattr(runs, "_read_inputs", lambda *_: pytest.fail("it read the data"))
+    monkeypatch.setattr(runs, "read_inputs", lambda *_: pytest.fail("it read the data"))
     for resume in ("newest", "step-4"):
         again = world.train(lora_world.undisturbed, lora_world.settings, resume=resume)
         assert again.verdict == lora_world.reference["verdict"]
