@@ -12,7 +12,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from likely.data.formats import parse_row, read_conversations
+from likely.data.formats import Reading, parse_row, read_conversations
 from likely.errors import DataError
 from likely.types import ROLES, Conversation, Message, Source
 
@@ -391,3 +391,17 @@ def test_what_is_written_is_read_back(
                 assert message.weight == said.weight
             elif message.role == "assistant":
                 assert message.weight == 0
+
+
+def test_what_silences_a_turn_elsewhere_is_told(path: Path) -> None:
+    def reading(**extra: Any) -> Reading:
+        path.write_text(json.dumps({"messages": [USER, {**ASSISTANT, **extra}]}) + "\n")
+        found = Reading(path)
+        assert len(list(found)) == 1
+        return found
+
+    assert reading(training=False).told()[1:] == [
+        '1 rows have "training" on an answer, which silences nothing: "weight" (0 to 1) does'
+    ]
+    assert not reading(weight=0, wieght=0).notes
+    assert not reading(weight=0.5, name="Ann").notes

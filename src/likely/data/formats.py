@@ -24,6 +24,8 @@ Format = Literal["auto"] | Shape
 WRITE = 'rows of {"messages": [...]} or {"prompt": ..., "completion": ...}'
 MAP = "or map columns, as in --columns prompt=question,completion=answer"
 MAX_KEYS_TOLD = 100
+# What silences a turn in other trainers' data, and slips of the pen: read by nobody, such a turn is learnt in full.
+OTHER_WEIGHTS = {"train", "training", "mask", "masked", "loss", "loss_weight", "Weight", "weights", "wieght", "weigth"}
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,10 @@ class Reading:
         for key in row:
             if key not in REQUIRED[shape] and key not in OPTIONAL[shape] and len(self.ignored) < MAX_KEYS_TOLD:
                 self.ignored[key] += 1
+        learnt = [message for message in conversation.messages if message.role == "assistant" and message.weight]
+        said = {key for message in learnt for key in message.fields}
+        for key in sorted(said & OTHER_WEIGHTS):
+            self.notes[f'rows have "{key}" on an answer, which silences nothing: "weight" (0 to 1) does'] += 1
         return conversation
 
     def told(self) -> list[str]:
