@@ -74,6 +74,19 @@ def test_lines_of_a_pipe_are_answered(say: Callable[..., Said]) -> None:
     assert (said.code, said.out) == (0, "Paris.\nHi there!\n")
 
 
+def test_bytes_that_are_no_text_are_told_and_not_replaced(
+    run: str,
+    likely_cli: Likely,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    typed = b"Say \xff hi.\n/system Be \xff kind.\nSay hi.\n/save \xff.csv\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="ascii"))
+    said = likely_cli("chat", run, "--dtype", "float32")
+    assert (said.code, said.out) == (0, "\nHi there!\n")
+    assert said.err.count("this is no text in UTF-8") == 2
+    assert "ends in .jsonl" in said.err
+
+
 def test_the_answer_is_that_of_transformers(run: str) -> None:
     network = AutoModelForCausalLM.from_pretrained(Path(run) / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(Path(run) / "model")

@@ -145,7 +145,7 @@ def _lines(terminal: Terminal) -> Iterator[str]:
             if line:
                 yield line
     if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # refused in its turn
     yield from filter(None, map(str.strip, sys.stdin))
 
 

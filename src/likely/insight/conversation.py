@@ -78,8 +78,9 @@ class Voice:
         """Begin anew with this system message, or without one.
 
         Raises:
-            ConfigError: the model has no chat template, and so no place for one.
+            ConfigError: the model has no chat template, and so no place for one; text that is none.
         """
+        _require_text(text)
         if text and not self.renderer.has_template:
             raise ConfigError("the model has no chat template, so it can't be told a system message")
         self.messages = [Message("system", text)] if text else []
@@ -100,8 +101,7 @@ class Voice:
             ConfigError: text that is none, or more tokens than the model's context holds.
             DataError: the chat template refuses the conversation.
         """
-        if not text.isascii() and text.encode(errors="replace").decode() != text:
-            raise ConfigError("this is no text in UTF-8")
+        _require_text(text)
         # Without a template nothing tells one turn from the next.
         before = self.messages if self.renderer.has_template else []
         asked = [*before, Message("user", text)]
@@ -152,6 +152,15 @@ class Voice:
         with storage.disk_errors(path, "the row", "name another file, or free some disk"):
             storage.append(path, (b"" if _ends_whole(path) else b"\n") + line)
             storage.sync_file(path)
+
+
+def _require_text(text: str) -> None:
+    """
+    Raises:
+        ConfigError: bytes that are no UTF-8 were typed, or half a character.
+    """
+    if not text.isascii() and text.encode(errors="replace").decode() != text:
+        raise ConfigError("this is no text in UTF-8")
 
 
 def _ends_whole(path: Path) -> bool:
