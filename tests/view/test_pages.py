@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,38 @@ def test_a_server_that_is_gone_and_a_page_that_is_not_there_are_told(visit: Open
 
 
 # --- the run ---
+
+
+def test_an_interval_that_no_run_wrote_is_a_dash_and_not_a_blank_page(visit: Open, run_id: str) -> None:
+    visited = visit("/")
+
+    def garble(route: Any) -> None:
+        value = route.fetch().json()
+        for figures in (value["report"]["base"], value["report"]["delta"]):
+            figures["ci95"] = {"low": 1}
+        route.fulfill(json=value)
+
+    visited.page.route(f"**/api/runs/{run_id}", garble)
+    visited.page.reload()
+    visited.page.wait_for_selector(f"{WHOLE} :text('95% interval')")
+    visited.assert_quiet()
+
+
+def test_two_runs_beside_each_other_are_accessible_on_a_phone(browser: Browser, run_folder: Path) -> None:
+    """Where tables scroll, which makes each of them a place with a name of its own."""
+    viewer = Viewer(run_folder, shutil.copytree(run_folder, run_folder.parent / "copies" / "beside"))
+    try:
+        one, two = (run["id"] for run in viewer.json("/api/runs")["runs"])
+        for width in (360, 1600):
+            visited = _opener(browser, viewer)(f"/run/{one}?with={two}", width=width)
+            visited.page.wait_for_timeout(200)
+            visited.assert_accessible()
+            visited.assert_quiet()
+            cells = visited.page.locator("tbody th").evaluate_all("cells => cells.map((cell) => cell.clientWidth)")
+            assert min(cells) >= 7 * 14
+            assert visited.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    finally:
+        assert viewer.close() == 0
 
 
 def test_the_run_page_tells_the_verdict_and_saves_its_picture(visit: Open, viewer: Viewer, run_id: str) -> None:

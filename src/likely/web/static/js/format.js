@@ -5,6 +5,7 @@ const COUNT = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 const known = (value) => typeof value === "number" && Number.isFinite(value);
 export const count = (value) => (known(value) ? COUNT.format(value) : NONE);
+export const interval = (ends, one) => (Array.isArray(ends) ? ends.map(one).join(" to ") : NONE);
 export const number = (value, digits = 3) => (known(value) ? minus(value.toFixed(digits)) : NONE);
 
 /** A change, with its sign; a true minus is as wide as a plus. */

@@ -1,13 +1,13 @@
 // What a finished run came to: held-out figures before and after.
 
 import { h } from "../dom.js";
-import { count, harmless, many, number, percent, signed } from "../format.js";
+import { count, harmless, interval, many, number, percent, signed } from "../format.js";
 import { term } from "../glossary.js";
 import { table } from "../parts.js";
 
 const FIGURES = [
   ["Loss, nats per token", (e) => number(e.nll, 4)],
-  ["95% interval", (e) => e.ci95?.map((end) => number(end, 4)).join(" to ") ?? "–"],
+  ["95% interval", (e) => interval(e.ci95, (end) => number(end, 4))],
   ["Perplexity", (e) => number(e.perplexity, 3)],
   ["Bits per byte", (e) => number(e.bits_per_byte, 4)],
   ["Tokens that are the first choice", (e) => percent(e.token_accuracy)],
@@ -48,7 +48,7 @@ const cards = ({ nll, ci95, share_better: share }, tuned) =>
     "dl",
     { class: "cards" },
     card("Change of the loss", signed(nll, 4), nll < 0 ? "nats per token, better" : "nats per token, not better"),
-    card(term("interval", "95% interval"), ci95 ? ci95.map((end) => signed(end, 3)).join(" to ") : "–", "of that change"),
+    card(term("interval", "95% interval"), interval(ci95, (end) => signed(end, 3)), "of that change"),
     card("More likely now", percent(share), `of ${many(tuned.num_examples, "example")}`),
   );
 
