@@ -338,14 +338,14 @@ def test_in_a_terminal(run: str, tmp_path: Path) -> None:
             [*socket, *arguments], capture_output=True, text=True, check=False, env=environment
         ).stdout
 
-    def wait_for(words: str, *, colours: bool = False) -> str:
+    def wait_for(words: str, *, colours: bool = False, times: int = 1) -> str:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             screen = tmux("capture-pane", "-p", *(["-e"] if colours else []))
-            if words in screen:
+            if screen.count(words) >= times:
                 return screen
             time.sleep(0.1)
-        raise AssertionError(f"{words!r} is not on the screen:\n{screen}")
+        raise AssertionError(f"{words!r} is not {times} times on the screen:\n{screen}")
 
     try:
         tmux("new-session", "-d", "-x", "100", "-y", "40", command)
@@ -355,10 +355,9 @@ def test_in_a_terminal(run: str, tmp_path: Path) -> None:
         wait_for("Paris.")
         tmux("send-keys", "/likelihood", "Enter")
         assert "38;5;33" in wait_for("nats per token", colours=True)
-        tmux("send-keys", "Up", "Up", "Enter")  # the history
-        deadline = time.monotonic() + 30
-        while tmux("capture-pane", "-p").count("Paris.") < 3 and time.monotonic() < deadline:
-            time.sleep(0.1)
+        tmux("send-keys", "/reset", "Enter")
+        tmux("send-keys", "Up", "Up", "Up", "Enter")  # the history
+        wait_for("> Capital of France?\nParis.", times=2)
         tmux("send-keys", "C-c")
         wait_for("status 130")
     finally:
