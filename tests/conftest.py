@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import browser as browsing
-from chatml import CHATML
+from chatml import CHATML, SENTENCES
 from likely.model.forward import LanguageModel, connect
 from likely.types import ROLES, Example, Source
 from naive import Row
@@ -165,17 +165,6 @@ def make_examples() -> Callable[[list[Row]], list[Example]]:
     return _make_examples
 
 
-_SENTENCES = [
-    "system\nYou are a helpful assistant.",
-    "user\nWhat is the capital of France?",
-    "assistant\nThe capital of France is Paris.",
-    "user\nHow do I reset my password?",
-    "assistant\nOpen the settings, choose security and press reset.",
-    'tool\n{"temperature": 21, "unit": "celsius"}',
-    "Où est la gare ? Naïve café, 東京, emoji 🙂.",
-]
-
-
 def _build_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
     """Byte-level BPE, so that every string has tokens and decodes to itself."""
     tokenizer = Tokenizer(models.BPE())
@@ -187,7 +176,7 @@ def _build_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<|endoftext|>",  # noqa: S106 - no password

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.tokenization_llama import LlamaTokenizer
 
 import likely
-from conftest import _SENTENCES
+from chatml import SENTENCES
 from likely.errors import ModelError
 from likely.exports import readers
 from likely.exports.gguf_file import write_gguf
@@ -39,7 +39,7 @@ def byte_level(*before: Any, use_regex: bool) -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=330, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator([*_SENTENCES, TEXT, "12345 12345", "123", "they've they've"], trainer)
+    tokenizer.train_from_iterator([*SENTENCES, TEXT, "12345 12345", "123", "they've they've"], trainer)
     tokenizer.add_tokens(["<think>"])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")  # noqa: S106  (no password)
 
@@ -106,7 +106,7 @@ def sentencepiece() -> LlamaTokenizer:
     tokenizer.normalizer = normalizers.Sequence(steps)
     special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([s.replace("\n", " ") for s in _SENTENCES], trainer)
+    tokenizer.train_from_iterator([s.replace("\n", " ") for s in SENTENCES], trainer)
     spec = json.loads(tokenizer.to_str())["model"]
     made = LlamaTokenizer(vocab=spec["vocab"], merges=[tuple(pair) for pair in spec["merges"]])
     made.chat_template = (

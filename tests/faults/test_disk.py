@@ -20,7 +20,7 @@ from likely.training.checkpoint import newest_valid, saved_steps
 
 # Every call in a soak, one in so many in the daily tests.
 STRIDE = 1 if "LIKELY_SOAK" in os.environ else 9
-CALLS = 105
+CALLS = 118
 
 
 def calls_of(world_: Any, run: Path, monkeypatch: Any) -> list[str]:
