@@ -37,12 +37,13 @@ FREE = {
 class Layout:
     """How the folder of a verb is made up: the file ``mark`` is written first and says that the folder is the verb's;
     ``beginning`` is what may stand there before anything of worth does, the mark besides; that is in the folder
-    ``kept``."""
+    ``kept``. ``others`` are more folders in which files are written."""
 
     verb: str
     mark: str
     beginning: frozenset[str]
     kept: str
+    others: tuple[str, ...] = ()
 
 
 RUN = Layout(
@@ -50,6 +51,7 @@ RUN = Layout(
     "run.json",
     TRACKED | {"config.yaml", "metrics.jsonl", "rejected.jsonl", "rejected-eval.jsonl", "checkpoints"},
     "checkpoints",
+    ("report",),
 )
 CURVE = Layout("curve", "origins.json", frozenset({"config.yaml", "metrics.jsonl", "points"}), "points")
 
@@ -143,7 +145,8 @@ def claimed(output: str, *, resume: bool, layout: Layout = RUN, first: bool = Tr
     try:
         with storage.locked(folder) as require:
             storage.sweep(folder)
-            storage.sweep(folder / layout.kept)
+            for inner in (layout.kept, *layout.others):
+                storage.sweep(folder / inner)
             free = not _names(folder) or _is_beginning(folder, layout)
             if not free and not (resume and _is_of(folder, layout)):
                 raise ConfigError(

@@ -25,12 +25,12 @@ def cut_after(monkeypatch: pytest.MonkeyPatch, steps: int, error: BaseException)
     """End the run in the step after ``steps`` whole ones."""
     done = 0
 
-    def compute(*arguments: Any) -> Any:
+    def compute(*arguments: Any, **more: Any) -> Any:
         nonlocal done
         done += 1
         if done > steps:
             raise error
-        return compute_gradient(*arguments)
+        return compute_gradient(*arguments, **more)
 
     monkeypatch.setattr("likely.training.engine.compute_gradient", compute)
 
@@ -255,11 +255,11 @@ class _Broken:
     def __init__(self, steps: set[int]) -> None:
         self.steps, self.calls = steps, 0
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
         self.calls += 1
         if self.calls in self.steps:
             raise NonFiniteError("loss nan and gradient norm nan before the update")
-        return compute_gradient(*arguments)
+        return compute_gradient(*arguments, **more)
 
 
 def test_steps_that_are_not_finite(lora_world: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -340,14 +340,14 @@ def test_a_folder_that_was_swapped(lora_world: Any, tmp_path: Path, monkeypatch:
     """Another process may have begun a run of its own under the same name."""
     run, done = tmp_path / "run", 0
 
-    def compute(*arguments: Any) -> Any:
+    def compute(*arguments: Any, **more: Any) -> Any:
         nonlocal done
         done += 1
         if done == 3:
             run.rename(tmp_path / "moved")
             (run / "checkpoints").mkdir(parents=True)
             (run / "metrics.jsonl").write_text("theirs\n", encoding="utf-8")
-        return compute_gradient(*arguments)
+        return compute_gradient(*arguments, **more)
 
     monkeypatch.setattr("likely.training.engine.compute_gradient", compute)
     with pytest.raises(ResourceError, match="moved, removed or replaced"):

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -78,13 +79,15 @@ class Viewer:
         return status, json.loads(body)
 
     def raw(self, data: bytes, seconds: float = 10.0) -> bytes:
-        """What comes back for some bytes, until the other side closes."""
+        """What comes back for some bytes, until the other side closes; it may do so before it has read all of them."""
         with socket.create_connection(("127.0.0.1", self.port), seconds) as connection:
-            connection.sendall(data)
-            connection.shutdown(socket.SHUT_WR)
             found = b""
-            while block := connection.recv(1 << 16):
-                found += block
+            with suppress(ConnectionResetError, BrokenPipeError):
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+            with suppress(ConnectionResetError):
+                while block := connection.recv(1 << 16):
+                    found += block
         return found
 
     def finished(self, job: str, seconds: float = 60.0) -> dict[str, Any]:

@@ -260,7 +260,7 @@ def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
             base = {
                 "base": settings.base_model_name_or_path,
                 "base_sha256": model.causal_lm.base_sha256,
-                "quantization": NF4 if is_quantized(network) else None,
+                **({"quantization": NF4} if is_quantized(network) else {}),
             }
             (folder / IDENTITY).write_text(json.dumps(base, indent=2) + "\n", encoding="utf-8")
         else:
