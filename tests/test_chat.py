@@ -382,6 +382,7 @@ def test_ctrl_c_stops_an_answer_and_a_second_ends(run: str, tiny_model_dir: Path
         while "taken back" not in (line := process.stderr.readline()):
             assert line, "the process has ended"
         assert process.poll() is None
+        time.sleep(0.5)  # a person's second one comes after the first was dealt with
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert "Traceback" not in process.stderr.read()
