@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,30 +13,18 @@ import pytest
 import likely
 from likely.errors import ConfigError
 from likely.insight.check_page import to_text
-from likely.insight.estimate import Layer, Load, Shape
+from likely.insight.estimate import Load, Shape
 from likely.insight.plan import H100_RATE, Cluster, Work, imbalance, plan, read_cluster
 from likely.types import Example, Source
 
-
-def llama(layers: int, hidden: int, inner: int, keys: int, vocabulary: int) -> Shape:
-    """A model of Llama's build; ``keys`` is the width of all its keys, ``inner`` that of its feed-forward."""
-    layer = Layer(
-        keys=2 * hidden * keys,
-        rest=2 * hidden * hidden + 3 * hidden * inner,
-        keys_sides=2 * (hidden + keys),
-        rest_sides=4 * hidden + 3 * (hidden + inner),
-        first=hidden * (hidden + 2 * keys),
-    )
-    multiplied = layers * (layer.keys + layer.rest)
-    table = vocabulary * hidden
-    return Shape(
-        parameters=multiplied + 2 * table, multiplied=multiplied, sides=layers * (layer.keys_sides + layer.rest_sides),
-        vocabulary=vocabulary, hidden=hidden, query=hidden, layers=(layer,) * layers,
-    )  # fmt: skip
-
-
-B8 = llama(32, 4096, 14336, 1024, 128256)
-B70 = llama(80, 8192, 28672, 1024, 128256)
+BENCH = Path(__file__).parent.parent / "bench" / "scaling.py"
+found = importlib.util.spec_from_file_location("scaling", BENCH)
+assert found is not None
+assert found.loader is not None
+scaling = importlib.util.module_from_spec(found)
+found.loader.exec_module(scaling)
+B8: Shape = scaling.llama("8B")
+B70: Shape = scaling.llama("70B")
 
 
 def whole_rows(num: int, length: int) -> Load:

@@ -98,8 +98,9 @@ def plan(shape: Shape, load: Load, work: Work, cluster: Cluster) -> dict[str, An
     """Time and memory of a step, replicated if that fits and sharded if not.
 
     Returns:
-        ``{"layout", "fits", "seconds_per_step", "tokens_per_second", "seconds": {...}, "gigabytes": {...},
-        "checkpoint_gigabytes", "checkpoint_seconds", "notes"}``; gigabytes are of one GPU.
+        ``{"layout", "checkpointing", "fits", "seconds_per_step", "distinct_tokens_per_second", "seconds": {...},
+        "gigabytes": {...}, "gigabytes_of_a_gpu", "checkpoint_gigabytes", "checkpoint_seconds", "notes"}``; gigabytes
+        are of one GPU.
     """
     layouts = ["replicated", "sharded"] if cluster.gpus > 1 else ["replicated"]
     usable = USABLE * (cluster.memory - RESERVED)
@@ -114,21 +115,20 @@ def plan(shape: Shape, load: Load, work: Work, cluster: Cluster) -> dict[str, An
     seconds = _seconds(shape, load, work, cluster, layout)
     if again:
         seconds["compute"] *= 4 / 3 if work.tune == "full" else 3 / 2
-    whole = sum(seconds.values())
-    trained = _trained(shape, work)
-    stored = 12 * trained  # weights and moments
+    whole, held = sum(seconds.values()), sum(memory.values())
+    stored = 12 * _trained(shape, work)  # weights and moments
     return {
         "layout": layout,
         "checkpointing": "full" if again else "none",
-        "fits": sum(memory.values()) <= usable,
+        "fits": held <= usable,
         "seconds_per_step": whole,
         "distinct_tokens_per_second": load.distinct_tokens / whole,
         "seconds": seconds,
         "gigabytes": {name: value / 1e9 for name, value in memory.items()},
-        "gigabytes_of_a_gpu": sum(memory.values()) / 1e9,
+        "gigabytes_of_a_gpu": held / 1e9,
         "checkpoint_gigabytes": stored / 1e9,
         "checkpoint_seconds": stored / (cluster.disk * (cluster.hosts if layout == "sharded" else 1)),
-        "notes": _notes(work, cluster, seconds, sum(memory.values()) <= usable),
+        "notes": _notes(work, cluster, seconds, held <= usable),
     }
 
 
