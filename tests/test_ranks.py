@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import likely
@@ -60,6 +62,24 @@ def test_what_ranks_tell_each_other(tmp_path: Path) -> None:
             "end": True,
             "again": [3.0],
         }
+
+
+def test_who_comes_back_first_finds_the_others(tmp_path: Path) -> None:
+    """While the first rank still says goodbye, the others are at their next meeting."""
+
+    def work(rank: int) -> list[float]:
+        sums = []
+        destroy = dist.destroy_process_group
+        with pytest.MonkeyPatch.context() as patch:
+            if rank == 0:
+                patch.setattr(dist, "destroy_process_group", lambda: (time.sleep(0.5), destroy()))
+            for _ in range(3):
+                with joined() as ranks:
+                    sums += ranks.all_sum(np.ones(1)).tolist()
+        return sums
+
+    ended = together(2, work, tmp_path)
+    assert [(e.code, e.gave, e.said) for e in ended] == [(0, [2.0] * 3, "")] * 2
 
 
 def test_alone_nothing_is_exchanged() -> None:

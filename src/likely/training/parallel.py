@@ -331,21 +331,21 @@ def _choose_device(place: launched.Place) -> str:
 
 
 _joins = 0
+_served: dict[tuple[str, int], Store] = {}  # for as long as the process lives: others may come back to it first
 
 
 def _store(place: launched.Place, timeout: timedelta, name: str) -> Store:
     """The launcher's key-value store, or where there is none that of the first rank; each use has its own connection,
     and each run and restart its own keys."""
     global _joins  # noqa: PLW0603
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    serves = place.rank == 0 and not hosted and name == "ranks"
-    port = int(os.environ["MASTER_PORT"])
     torch_stores: Any = dist  # whose type hints leave these out
-    store = torch_stores.TCPStore(
-        os.environ["MASTER_ADDR"], port, place.world_size, serves, timeout, wait_for_workers=False
-    )
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    connect = partial(torch_stores.TCPStore, *address, place.world_size, timeout=timeout, wait_for_workers=False)
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if place.rank == 0 and not hosted and address not in _served:
+        _served[address] = connect(is_master=True)
     _joins += name == "ranks"
-    prefixed: Store = torch_stores.PrefixStore(f"likely/{place.restarts}/{_joins}/{name}", store)
+    prefixed: Store = torch_stores.PrefixStore(f"likely/{place.restarts}/{_joins}/{name}", connect(is_master=False))
     return prefixed
 
 
