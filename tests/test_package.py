@@ -82,6 +82,9 @@ def test_the_source_archive_can_be_tested(built: tuple[Path, Path]) -> None:
         "tests/naive.py",
         "Makefile",
         "constraints.txt",
+        "recipes/make.py",
+        "recipes/translation/train.jsonl",
+        "recipes/maths-tutor/LICENSE-gsm8k.txt",
     } <= names
     hidden = {name for name in names if any(part.startswith(".") for part in Path(name).parts)}
     assert hidden <= {".gitignore", ".ci/run"}
