@@ -192,6 +192,8 @@ class ControlTokens:
         self._together, self._longest = "\0".join(self._texts), max(map(len, self._texts), default=0)
         self._beginnings = {text[:n] for text in self._texts for n in range(1, len(text))}
         self._ends = {text[n:] for text in self._texts for n in range(1, len(text))}
+        self._first = {text[0] for text in self._ends}
+        self._last = {text[-1] for text in self._beginnings}
         self.pattern = re.compile("|".join(map(re.escape, self._texts)) or r"(?!)")
         unthoughtful = [text for text in self._texts if text not in THOUGHT_MARKS]
         self._in_answers = re.compile("|".join(map(re.escape, unthoughtful)) or r"(?!)")
@@ -208,8 +210,8 @@ class ControlTokens:
         """Whether a text could be a part of a control token whose other parts stand before or behind it."""
         head, tail = text[: self._longest], text[-self._longest :]
         return (
-            any(head[:n] in self._ends for n in range(1, len(head) + 1))
-            or any(tail[-n:] in self._beginnings for n in range(1, len(tail) + 1))
+            (head[:1] in self._first and any(head[:n] in self._ends for n in range(1, len(head) + 1)))
+            or (tail[-1:] in self._last and any(tail[-n:] in self._beginnings for n in range(1, len(tail) + 1)))
             or (len(text) < self._longest and text in self._together)
         )
 

@@ -210,8 +210,12 @@ class Surveyor:
                 kept = self._kept(example) if length > self.max_length else (-1, -1, 0)
                 last = int(trained[-1]) if len(trained) else 0
                 rows.append((row, length, len(trained), last, leading(example, bos), *kept))
-                for column, values in enumerate((None, example.weights_T > 0, example.weights_T)):
-                    facts.tokens[:, column] += np.bincount(example.role_T, weights=values, minlength=len(ROLES))
+        every = [example for examples in rendered for example in examples]
+        if every:
+            role_T = np.concatenate([example.role_T for example in every])
+            weights_T = np.concatenate([example.weights_T for example in every])
+            for column, values in enumerate((None, weights_T > 0, weights_T)):
+                facts.tokens[:, column] += np.bincount(role_T, weights=values, minlength=len(ROLES))
         names = ("row_of_M", "length_M", "trained_M", "context_M", "bos_M", "keep_start_M", "keep_end_M", "no_stop_M")
         columns = np.array(rows, np.int32).reshape(len(rows), len(names)).T
         facts.arrays.update({name: [column.copy()] for name, column in zip(names, columns, strict=True)})

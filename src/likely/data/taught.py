@@ -52,7 +52,7 @@ class Taught:
             self._add_pieces(ids, example.weights_T, control_ids)
 
     def _add_pieces(self, ids: IntArray, weights_T: FloatArray, control_ids: IntArray) -> None:
-        is_control = np.isin(ids, control_ids)
+        is_control = _among(ids, control_ids)
         starts, stops = _pieces(weights_T, is_control)
         closed = [bool(is_control[stop - 1]) for stop in stops]
         for (start, stop), whole, context in zip(
@@ -104,8 +104,18 @@ def _prefix_hashes(ids: IntArray, ends: Sequence[int]) -> list[int]:
 
 def _stretches(wanted_T: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:
     """Where runs of True begin, and one past where they end."""
-    steps = np.diff(wanted_T.astype(np.int8), prepend=0, append=0)
-    return np.flatnonzero(steps == 1).tolist(), np.flatnonzero(steps == -1).tolist()
+    padded = np.zeros(len(wanted_T) + 2, bool)
+    padded[1:-1] = wanted_T
+    edges = np.flatnonzero(padded[1:] != padded[:-1]).tolist()
+    return edges[::2], edges[1::2]
+
+
+def _among(ids: IntArray, some: IntArray) -> npt.NDArray[np.bool_]:
+    """Which of the ids are among some ascending ones: for so few, several times faster than numpy.isin."""
+    if not len(some):
+        return np.zeros(len(ids), bool)
+    found: npt.NDArray[np.bool_] = some.take(np.searchsorted(some, ids), mode="clip") == ids
+    return found
 
 
 def _pieces(weights_T: FloatArray, is_control: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:
