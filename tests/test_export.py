@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
 
 import likely
-from likely import deliver
+from likely import deliver, storage
 from likely.errors import ConfigError, LikelyError, ModelError
 from likely.exports import gguf_file, readers
 from likely.model.merge import merged_network
@@ -287,6 +287,42 @@ def broken_merge(reader: Any) -> None:
     part[0], part[-1] = part[-1], part[0]
 
 
+def nudge_tensor(folder: Path) -> None:
+    """The last bit of one number, which no bound on likelihoods can see."""
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    name = next(n for n in tensors if "v_proj" in n)
+    tensors[name].view(torch.int32)[0, 0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def swap_tensors(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    one, other = sorted(n for n in tensors if "layers.0" in n and ("k_proj" in n or "v_proj" in n))
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def nudge_gguf_tensor(reader: Any) -> None:
+    tensor = next(t for t in reader.tensors if t.name == "blk.1.attn_v.weight")
+    tensor.data.view("uint8").reshape(-1)[0] ^= 1
+
+
+def swap_gguf_tensors(reader: Any) -> None:
+    one, other = (next(t for t in reader.tensors if t.name == f"blk.{i}.attn_q.weight") for i in (0, 1))
+    first = one.data.copy()
+    one.data[:], other.data[:] = other.data, first
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def plant(folder: Path) -> None:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) - 500])
+
+    return plant
+
+
 FAULTS = [
     ("merged", flip_tensor, "another model"),
     ("merged", change_json("config.json", lambda c: c["rope_parameters"].update(rope_theta=30.0)), "another model"),
@@ -307,6 +343,25 @@ FAULTS = [
     ("ollama", change_text("Modelfile", 'PARAMETER stop "<|im_end|>"\n', ""), "does not stop at"),
     ("ollama", change_text("Modelfile", "<|im_end|>\n{{ end }}{{ end }}", "{{ end }}{{ end }}"), "has other tokens"),
     ("ollama", change_gguf(set_key("llama.rope.freq_base", 30.0)), "another model"),
+    ("merged", nudge_tensor, "1 of .* stored values differ, though its NLL is .* apart, where 0.0001 is allowed"),
+    ("adapter", nudge_tensor, "adapter_model.safetensors is not what was written: 1 of"),
+    ("gguf", change_gguf(nudge_gguf_tensor), "tensor blk.1.attn_v.weight is not what was written: 1 of .* apart"),
+    ("merged", swap_tensors, "another model"),
+    ("gguf", change_gguf(swap_gguf_tensors), "another model"),
+    ("gguf", cut("model.gguf"), "can't load it"),
+    ("merged", cut("model.safetensors"), "can't load it"),
+    (
+        "merged",
+        change_json("tokenizer_config.json", lambda c: c.update({"eos_token": "<|endoftext|>"})),
+        "its eos_token is",
+    ),
+    (
+        "adapter",
+        change_json("tokenizer_config.json", lambda c: c.update({"bos_token": "<|endoftext|>"})),
+        "its bos_token is",
+    ),
+    ("gguf", change_gguf(set_key("tokenizer.ggml.bos_token_id", 0)), "bos_token_id is not what was written"),
+    ("gguf", change_gguf(set_key("llama.context_length", 7)), "context_length is not what was written"),
 ]
 
 
@@ -316,9 +371,10 @@ def test_a_planted_fault_is_found(
 ) -> None:
     write = deliver._write
 
-    def write_and_plant(work: Any, folder: Path) -> None:
-        write(work, folder)
+    def write_and_plant(work: Any, folder: Path) -> Any:
+        written = write(work, folder)
         plant(folder)
+        return written
 
     monkeypatch.setattr(deliver, "_write", write_and_plant)
     settings = {"type": "f32"} if to in {"gguf", "ollama"} else {}
@@ -326,6 +382,18 @@ def test_a_planted_fault_is_found(
         export(world, "llama", to, tmp_path / "out", **settings)
     assert str(refused.value).startswith(str(tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []  # neither the export nor what it was prepared under
+
+
+def test_what_a_killed_export_left_is_swept(world: World, tmp_path: Path) -> None:
+    """And what another process prepares is not, nor what only looks alike."""
+    names = [".tmp-out-00aa11bb", ".tmp-out-22cc33dd", ".tmp-out-more-00aa11bb", ".tmp-out-mine"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    with storage.claimed(tmp_path / names[1]) as ours:
+        assert ours
+        export(world, "llama", "adapter", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *names[1:]}
 
 
 # --- what is refused, and left as it was ---
@@ -482,7 +550,7 @@ def test_a_fault_is_not_pushed(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     write = deliver._write
-    monkeypatch.setattr(deliver, "_write", lambda work, folder: (write(work, folder), flip_tensor(folder)))
+    monkeypatch.setattr(deliver, "_write", lambda work, folder: (write(work, folder), flip_tensor(folder))[0])
     with pytest.raises(ModelError):
         export(world, "llama", "adapter", tmp_path / "out", push="me/tuned")
     assert hub["tokens"] == set()

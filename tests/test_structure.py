@@ -110,7 +110,17 @@ WITHIN = {
         "load",
         "merge",
     ],
-    "exports": ["sample", "vocabulary", "gguf_file", "readers", "fidelity", "go_template", "modelfile", "hub"],
+    "exports": [
+        "sample",
+        "vocabulary",
+        "stored",
+        "gguf_file",
+        "readers",
+        "fidelity",
+        "go_template",
+        "modelfile",
+        "hub",
+    ],
     "insight": [
         "pictures",
         "chart",

@@ -19,7 +19,7 @@ from likely.data.render import Renderer, load_tokenizer
 from likely.data.split import hold_out
 from likely.data.template import ChatTemplate
 from likely.errors import ConfigError, LikelyError, ModelError
-from likely.exports import fidelity, gguf_file, go_template, hub, modelfile, readers
+from likely.exports import fidelity, gguf_file, go_template, hub, modelfile, readers, stored
 from likely.exports.sample import Sample, Spoken, take_sample
 from likely.insight.evaluate import score_examples
 from likely.model import load as models
@@ -71,7 +71,7 @@ def export(run: str, asked: ExportSettings, display: Display) -> dict[str, Any]:
 
     Returns:
         The content of export.json: ``{"to", "run", "tool", "rows", "nll": {"run", "export", "difference", "bound",
-        "unsigned", "largest"}, "texts", "stop_tokens", "dtype", "notes", "versions", "pushed"}``.
+        "unsigned", "largest"}, "texts", "stored", "stop_tokens", "dtype", "notes", "versions", "pushed"}``.
 
     Raises:
         ConfigError: the run or the output can't be used as asked.
@@ -84,11 +84,12 @@ def export(run: str, asked: ExportSettings, display: Display) -> dict[str, Any]:
     scores = _score(work)
     with storage.disk_errors(final, "the export", "free some disk, or name an --output elsewhere"):
         storage.make_folder(final.absolute().parent, above=True)
-        with manifest.put_in_place(final.absolute()) as (unfinished, seal):
-            _write(work, unfinished)
+        storage.sweep_beside(final.absolute())
+        with manifest.put_in_place(final.absolute()) as (unfinished, seal), storage.claimed(unfinished):
+            written = _write(work, unfinished)
             gc.collect()  # the written network goes before the one that is read comes
             display.say(f"reading {asked.to} back")
-            report = _about_named(final, lambda: _verify(work, unfinished, scores))
+            report = _about_named(final, lambda: _verify(work, unfinished, scores, written))
             storage.create_file(unfinished / REPORT, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
             seal.close({"kind": "export", "to": asked.to})
     report["pushed"] = hub.push(final, asked.push, token) if asked.push else None
@@ -160,20 +161,20 @@ def _score(work: _Work) -> list[ExampleScore]:
     return score_examples(model, work.sample.examples, default_pack_tokens(longest), work.display.track)
 
 
-def _write(work: _Work, folder: Path) -> None:
+def _write(work: _Work, folder: Path) -> stored.Digests:
+    """The digests of what whoever reads it must find."""
     asked, tokenizer = work.asked, work.tokenizer
     if asked.to == "adapter":
-        _copy_adapter(work, folder)
-        return
+        return _copy_adapter(work, folder)
     network = merged_network(work.place)
     numbers = sum(parameter.numel() for parameter in network.parameters())
     require_disk(folder, 4 * numbers, "the export")
     if asked.to == "merged":
         dtype = _dtype(work)
         save_merged(network, tokenizer, folder, dtype=dtype, stop_ids=_stop_ids(work, network))
-        return
+        return stored.of_network(network)
     file = folder / modelfile.GGUF
-    gguf_file.write_gguf(
+    written = gguf_file.write_gguf(
         file,
         network,
         tokenizer,
@@ -188,6 +189,7 @@ def _write(work: _Work, folder: Path) -> None:
         stop = tokenizer.convert_ids_to_tokens(work.stop_id)
         text = modelfile.write_modelfile(template, [stop])
         (folder / modelfile.NAME).write_text(text, encoding="utf-8")
+    return written
 
 
 def _stop_ids(work: _Work, network: Any) -> list[int]:
@@ -207,17 +209,20 @@ def _dtype(work: _Work) -> Any:
         return stored_dtype(local_folder(work.place.weights, with_weights=True))
 
 
-def _copy_adapter(work: _Work, folder: Path) -> None:
+def _copy_adapter(work: _Work, folder: Path) -> stored.Digests:
     """The run's own files, and where generation ends: peft has no place for that."""
     assert work.place.adapter is not None  # noqa: S101
+    digests = stored.of_files(Path(work.place.adapter))
     for path in sorted(Path(work.place.adapter).iterdir()):
         if path.name != manifest.NAME and path.is_file():
             storage.create_file(folder / path.name, path.read_bytes())
     stops = sorted({i for i in (work.tokenizer.eos_token_id, work.stop_id) if i is not None})
-    storage.create_file(folder / "generation_config.json", json.dumps({"eos_token_id": stops}).encode())
+    settings = folder / "generation_config.json"
+    storage.create_file(settings, json.dumps({"eos_token_id": stops}).encode())
+    return {**digests, f"the file {settings.name}": storage.hash_file(settings)}
 
 
-def _verify(work: _Work, folder: Path, scores: Sequence[ExampleScore]) -> dict[str, Any]:
+def _verify(work: _Work, folder: Path, scores: Sequence[ExampleScore], written: stored.Digests) -> dict[str, Any]:
     """Load what is in the folder with the tool that will use it, and compare.
 
     Raises:
@@ -226,11 +231,13 @@ def _verify(work: _Work, folder: Path, scores: Sequence[ExampleScore]) -> dict[s
     asked, sample = work.asked, work.sample
     read = {"merged": readers.read_folder, "adapter": readers.read_adapter}.get(asked.to)
     reading = read(folder) if read else readers.read_gguf(folder / modelfile.GGUF)
-    if asked.to == "merged" and reading.dtype != (written := str(_dtype(work)).removeprefix("torch.")):
-        raise ModelError(f"it was written in {written}, and is read as {reading.dtype}")
+    if asked.to == "merged" and reading.dtype != (dtype := str(_dtype(work)).removeprefix("torch.")):
+        raise ModelError(f"it was written in {dtype}, and is read as {reading.dtype}")
     bound = fidelity.BOUNDS[reading.dtype if read else asked.type]
     date = work.config.template_date
     fidelity.compare_stops(work.stop_id, reading, work.tokenizer)
+    if read:
+        fidelity.compare_special(reading, work.tokenizer)
     num_texts = fidelity.compare_tokens(sample, reading, work.tokenizer, date)
     notes = [f"{count} {why}" for why, count in sample.left_out.items()]
     if asked.to == "adapter" and Path(work.place.weights).is_dir():
@@ -246,6 +253,11 @@ def _verify(work: _Work, folder: Path, scores: Sequence[ExampleScore]) -> dict[s
     if work.renderer.has_template and work.template.writes_date:
         notes.append(f"the chat template writes a date: in training it was {date}")
     likelihood = fidelity.compare_likelihood(sample, scores, reading, bound, work.display.track)
+    stored.compare(
+        written,
+        reading.stored(),
+        f"its NLL is {likelihood.difference:+.2g} nats per token apart, where {bound:g} is allowed",
+    )
     return {
         "to": asked.to,
         "run": str(Path(work.run.partition("@")[0]).absolute()) + "".join(work.run.partition("@")[1:]),
@@ -254,6 +266,7 @@ def _verify(work: _Work, folder: Path, scores: Sequence[ExampleScore]) -> dict[s
         "rows": {"from": sample.origin, "num": len(sample.examples)},
         "nll": {**asdict(likelihood), "difference": likelihood.difference},
         "texts": num_texts,
+        "stored": len(written),
         "stop_tokens": [work.tokenizer.decode([i]) for i in sorted(reading.stop_ids)],
         "notes": notes,
         "versions": versions(),

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -177,6 +178,35 @@ def discard(path: Path) -> None:
             system.rename(path, aside)
             path = aside
         system.remove_tree(path)
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[bool]:
+    """Hold a folder that is being prepared, so that :func:`sweep_beside` leaves it alone while this process lives.
+
+    Yields:
+        whether it could be had: not where another process holds it, or where a file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            claim = True
+        except OSError:
+            claim = False
+        yield claim
+    finally:
+        os.close(descriptor)
+
+
+def sweep_beside(path: Path) -> None:
+    """Remove the folders in which a crash ended the preparation of ``path``, and no others."""
+    left = re.compile(re.escape(f"{UNFINISHED}{path.name}-") + "[0-9a-f]{8}")
+    for found in path.parent.iterdir() if path.parent.is_dir() else ():
+        if left.fullmatch(found.name) and found.is_dir() and not found.is_symlink():
+            with claimed(found) as claim:
+                if claim:
+                    discard(found)
 
 
 def sweep(folder: Path) -> None:

@@ -115,6 +115,19 @@ def compare_stops(stop_id: int, reading: Reading, tokenizer: Any) -> None:
         )
 
 
+def compare_special(reading: Reading, tokenizer: Any) -> None:
+    """The tokens with a part of their own (beginning, end, padding ...) must be those of training.
+
+    Raises:
+        ModelError: one of them is another.
+    """
+    wanted, found = tokenizer.special_tokens_map, reading.variables
+    for name in sorted({*wanted, *found}):
+        if str(wanted.get(name)) != str(found.get(name)):
+            one, other = (quoted(str(each.get(name))) for each in (found, wanted))
+            raise ModelError(f"its {name} is {one}, and that of training {other}")
+
+
 def compare_tokens(
     sample: Sample, reading: Reading, tokenizer: Any, date: str, prompt_of: Callable[[Spoken], str] | None = None
 ) -> int:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from likely.errors import ModelError
+from likely.exports.stored import Digests, of_array, of_value
 from likely.exports.vocabulary import Vocabulary, read_vocabulary
 
 Array = npt.NDArray[Any]
@@ -68,8 +69,10 @@ def check_family(config: Any) -> _Family:
     return family
 
 
-def write_gguf(file: Path, network: Any, tokenizer: Any, *, kind: str, name: str, stop_id: int, begins: bool) -> None:
-    """Write a network with float32 weights.
+def write_gguf(
+    file: Path, network: Any, tokenizer: Any, *, kind: str, name: str, stop_id: int, begins: bool
+) -> Digests:
+    """Write a network with float32 weights; the digests of all that the file is to hold, as :func:`digests` reads it.
 
     Args:
         kind: how matrices are stored, one of :data:`KINDS`; vectors are float32 in any case.
@@ -102,11 +105,35 @@ def write_gguf(file: Path, network: Any, tokenizer: Any, *, kind: str, name: str
         writer.write_header_to_file(file)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, values, _, stored in plan:
-            rows = gguf.quants.quantize(np.ascontiguousarray(values(), np.float32), stored)
-            writer.write_tensor_data(np.ascontiguousarray(rows))
+        told = {f"the key {key}": value.value for part in writer.kv_data for key, value in part.items()}
+        digests = {key: of_value(value) for key, value in told.items()}
+        for title, values, shape, stored in plan:
+            rows = np.ascontiguousarray(gguf.quants.quantize(np.ascontiguousarray(values(), np.float32), stored))
+            writer.write_tensor_data(rows)
+            digests[f"the tensor {title}"] = _of_tensor(rows, shape, stored)
     finally:
         writer.close()
+    return digests
+
+
+def read_digests(file: Path) -> Digests:
+    """What a GGUF file holds, by the library that the format comes with."""
+    import gguf  # noqa: PLC0415  (an extra)
+
+    reader = gguf.GGUFReader(file)
+    found = {
+        f"the key {name}": of_value(field.contents())
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")  # the reader's own words for version and counts
+    }
+    for tensor in reader.tensors:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        found[f"the tensor {tensor.name}"] = _of_tensor(tensor.data, shape, tensor.tensor_type)
+    return found
+
+
+def _of_tensor(rows: Array, shape: tuple[int, ...], stored: Any) -> str:
+    return of_array(np.ascontiguousarray(rows).view(np.uint8).reshape(-1), shape, stored.name)
 
 
 def _plan(network: Any, family: _Family, wanted: Any) -> Iterator[tuple[str, Any, tuple[int, ...], Any]]:

@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from likely.errors import ModelError, first_line
+from likely.exports import gguf_file, stored
 from likely.model.load import trained_on_nf4
 from likely.model.place import Place, quiet_transformers
 from likely.model.quantized import NF4, quantization_config
@@ -43,7 +44,7 @@ class Reading:
     whose control tokens are obeyed, with nothing put around it, and ``encode_raw`` with what the tool puts around any
     text; ``template`` is the chat template, ``variables`` the special tokens that it may name; ``stop_ids`` are the
     tokens that generation ends at, ``told_stop_ids`` those of them that the tool must be told of; ``dtype`` is that of
-    the weights.
+    the weights; ``stored()`` are the digests of all that is stored.
     """
 
     tool: str
@@ -54,6 +55,7 @@ class Reading:
     template: Any
     variables: Mapping[str, Any]
     stop_ids: frozenset[int]
+    stored: Callable[[], stored.Digests]
     told_stop_ids: frozenset[int] = frozenset()
 
 
@@ -87,7 +89,8 @@ def read_adapter(folder: Path) -> Reading:
         own = _stops_of(network.generation_config)
         told = _stops_of(transformers.GenerationConfig.from_pretrained(folder)) - own
     reading = _of_transformers(f"peft {importlib.metadata.version('peft')}", tuned, tokenizer, own | told)
-    return replace(reading, told_stop_ids=told, dtype=NF4 if four_bits else reading.dtype)
+    dtype = NF4 if four_bits else reading.dtype
+    return replace(reading, told_stop_ids=told, dtype=dtype, stored=lambda: stored.of_files(folder))
 
 
 def read_gguf(file: Path) -> Reading:
@@ -97,7 +100,8 @@ def read_gguf(file: Path) -> Reading:
         ModelError: it can't be loaded.
     """
     metadata, names = gguf_header(file)
-    return _of_llama_cpp(file, metadata) if has_llama_cpp() else _of_gguf_reader(file, metadata, names)
+    reading = _of_llama_cpp(file, metadata) if has_llama_cpp() else _of_gguf_reader(file, metadata, names)
+    return replace(reading, stored=lambda: gguf_file.read_digests(file))
 
 
 def has_llama_cpp() -> bool:
@@ -135,6 +139,7 @@ def _of_transformers(tool: str, network: Any, tokenizer: Any, stop_ids: frozense
         tokenizer.chat_template,
         tokenizer.special_tokens_map,
         _stops_of(network.generation_config) if stop_ids is None else stop_ids,
+        lambda: stored.of_network(network),
     )
 
 
@@ -210,6 +215,7 @@ def _of_llama_cpp(file: Path, metadata: Mapping[str, Any]) -> Reading:
         metadata.get("tokenizer.chat_template"),
         {name: text for name, text in named.items() if text is not None},
         gguf_stops(metadata),
+        dict,
     )
     return _with_bos(reading, metadata)
 
