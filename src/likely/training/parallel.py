@@ -24,7 +24,7 @@ from torch import Tensor
 
 from likely import errors, launched, stops
 from likely.errors import ConfigError, LikelyError, ResourceError, first_line
-from likely.training.signs import Signs, Store
+from likely.training.signs import UNREACHABLE, Signs, Store
 from likely.types import FloatArray
 
 TIMEOUT, SILENCE = "LIKELY_TIMEOUT", "LIKELY_SILENCE"  # names in the environment, of seconds
@@ -238,8 +238,14 @@ class Ranks:
 
     def _abandon(self, words: str) -> None:
         """The main thread hangs with somebody who has gone. Between two exchanges weights may be half-changed."""
-        speaks = self.rank == (1 if words.startswith("rank 0 ") else 0)
-        stops.abandon(words if speaks else "", ResourceError.exit_code, rescue=self._waiting)
+        stops.abandon(words if self._tells(words) else "", ResourceError.exit_code, rescue=self._waiting)
+
+    def _tells(self, words: str) -> bool:
+        """Whether this rank tells people who was lost: the first, or where it may be among the lost the first of each
+        host, since what one host can see another can't."""
+        if words == UNREACHABLE:
+            return self.local_rank == 0
+        return self.rank == 1 or self.local_rank == 0 if words.startswith("rank 0 ") else self.rank == 0
 
     @property
     def cut_off(self) -> bool:
@@ -248,9 +254,8 @@ class Ranks:
 
     @property
     def speaks(self) -> bool:
-        """Whether this is the rank that tells people of an error: the first that is left."""
-        gone = self._lost is not None and self._lost.message.startswith("rank 0 ")
-        return self.rank == (1 if gone else 0)
+        """Whether this is the rank that tells people of an error."""
+        return self._tells(self._lost.message if self._lost is not None else "")
 
 
 ALONE = Ranks()
