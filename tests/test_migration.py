@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from likely.config import Config, Launch, make_training
+from likely.data.hub import is_hub_id
 from likely.errors import ConfigError
 from likely.migration.carry import TRAINERS, Carried, carry_over
 from likely.migration.foreign import is_secret
@@ -359,7 +360,7 @@ def test_axolotl(tmp_path: Path) -> None:
         ),
         (
             "datasets:\n  - path: org/name\n    name: en\n    split: train[:1%]\n    type: completion\n    field: body",
-            {"data": "org/name:en:train[:1%]", "format": "text", "columns": "text=body"},
+            {"data": "org/name:en:train", "format": "text", "columns": "text=body"},
         ),
         (
             (
@@ -474,6 +475,44 @@ def test_all_of_a_method_is_told(tmp_path: Path) -> None:
 
 
 # --- all ---
+
+
+@pytest.mark.parametrize(
+    ("trainer", "text", "data"),
+    [  # a version in a name is no file's ending; a slice of a split has no name here
+        ("trl", "dataset_name: org/airoboros-3.2\ndataset_train_split: train_sft\n", "org/airoboros-3.2:train_sft"),
+        ("trl", "dataset_mixture:\n  datasets:\n    - {id: org/a-3.2, split: test_sft}\n", "org/a-3.2:test_sft"),
+        ("trl", "dataset_name: org/a\ndataset_train_split: train[:10%]\n", "org/a"),
+        ("trl", "datasets:\n  - {path: org/a, name: en, split: 'train[10:20]+test'}\n", "org/a:en:train"),
+        ("axolotl", "datasets:\n  - {path: org/a-0.5, split: 'train_sft[:1%]'}\n", "org/a-0.5:train_sft"),
+        ("axolotl", "datasets:\n  - {path: org/a, name: default}\n", "org/a"),
+        ("axolotl", "datasets:\n  - {path: data/rows.csv, split: train}\n", "data/rows.csv"),
+    ],
+)
+def test_names_of_data_sets_are_those_that_training_reads(tmp_path: Path, trainer: Any, text: str, data: str) -> None:
+    found = carried(tmp_path, trainer, text)
+    assert found.settings["data"] == data
+    assert is_hub_id(data) or data.endswith(".csv")
+    told_of = [note for note in found.notes if "a part of a split can't be named" in note.text]
+    assert len(told_of) == ("[" in text)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "line", "words"),
+    [
+        ("axolotl", "max_packed_sequence_len:", "not needed: nothing is set"),
+        ("axolotl", 'evaluation_strategy: "no"', "held-out rows are scored before and after"),
+        ("axolotl", "eaft_alpha: 1.0", "another objective"),
+        ("axolotl", "skip_prepare_dataset: true", "rows are text"),
+        ("llamafactory", "oft_block_size: 32", "plain LoRA takes its place"),
+        ("llamafactory", "badam_switch_interval: 50", "AdamW is the only optimizer"),
+        ("llamafactory", "sequence_parallel_size: 4", "one row is computed on one device"),
+        ("llamafactory", "disable_gradient_checkpointing: true", "not needed"),
+        ("llamafactory", "use_v1_kernels: true", "not needed"),
+    ],
+)
+def test_keys_of_their_examples_are_known(tmp_path: Path, trainer: Any, line: str, words: str) -> None:
+    assert words in told(carried(tmp_path, trainer, line + "\n"), line.partition(":")[0])
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)

@@ -89,6 +89,14 @@ LACKING = {
     "use_dft_loss": "another objective than the likelihood",
     "use_eaft": "another objective than the likelihood",
     "use_comet": "no such tracker; --track names those there are",
+    "processor_type": "rows are text",
+    "skip_prepare_dataset": "rows are text, and always prepared",
+    "cls_model_config": "the configuration is the model folder's own",
+}
+BY_PREFIX = {
+    "eaft_": "another objective than the likelihood",
+    "gptq_": "a quantised base can't be trained on",
+    "image_": "rows are text",
 }
 
 
@@ -114,7 +122,8 @@ def read(job: Foreign) -> None:
     job.not_needed(OF_THE_MODEL, "the model folder says it, and unknown keys are refused here in any case")
     for text, keys in NOT_NEEDED.items():
         job.not_needed([key for key in keys if key not in {*OF_MEMORY, *OF_FILES}], text)
-    job.without_counterpart(LACKING_ANYWHERE | LACKING, off=(False, 0, "none", "no", "every_save"))
+    lacking = LACKING_ANYWHERE | job.beginning(BY_PREFIX) | LACKING
+    job.without_counterpart(lacking, off=(False, 0, "none", "no", "every_save"))
 
 
 def _is_tracked(job: Foreign, name: str) -> bool:
@@ -153,7 +162,7 @@ def _data_sets(job: Foreign, key: str) -> tuple[list[str], set[str | None]]:
     names: list[str] = []
     formats: set[str | None] = set()
     for number, part in enumerate(given):
-        names += _names_of(part)
+        names += _names_of(job, part, f"{key}.{number}.split")
         formats.add(_format_of(job, f"{key}.{number}", part))
         _whose_tokens(job, f"{key}.{number}", part)
         carried = {"path", "name", "split", "data_files", "type", "field_messages", "message_property_mappings",
@@ -165,17 +174,14 @@ def _data_sets(job: Foreign, key: str) -> tuple[list[str], set[str | None]]:
     return names, formats
 
 
-def _names_of(part: dict[str, Any]) -> list[str]:
+def _names_of(job: Foreign, part: dict[str, Any], split: str) -> list[str]:
     files = part.get("data_files")
     if files and str(part.get("path")) in {"json", "csv", "parquet"}:
         return [str(file) for file in (files if isinstance(files, list) else [files])]
-    path, config, split = str(part.get("path", "CHANGE_ME")), part.get("name"), part.get("split")
+    path = str(part.get("path", "CHANGE_ME"))
     if files:
         return [f"{path}/{file}" for file in (files if isinstance(files, list) else [files])]
-    if path.count("/") != 1 or path.startswith((".", "/")) or path.endswith((".json", ".jsonl", ".csv", ".parquet")):
-        return [path]
-    split = split or "train"
-    return [f"{path}:{config}:{split}" if config else path if split == "train" else f"{path}:{split}"]
+    return [job.hub_name(path, part.get("name"), part.get("split"), split)]
 
 
 def _format_of(job: Foreign, place: str, part: dict[str, Any]) -> str | None:
@@ -314,7 +320,7 @@ def _evaluations(job: Foreign) -> None:
             job.differs(steps, f"a share of all steps there; {ours} is a number of steps")
         if job.value(epochs) is not None:
             job.differs(epochs, f"{ours} is a number of steps: rows / batch_size / {job.value(epochs)}")
-    for key in ("eval_strategy", "save_strategy"):
+    for key in ("eval_strategy", "evaluation_strategy", "save_strategy"):
         if job.value(key) not in (None, "steps"):
             job.differs(key, "held-out rows are scored before and after in any case, and checkpoints written by time")
     if job.count("save_total_limit") is not None:

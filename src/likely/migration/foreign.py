@@ -6,6 +6,7 @@ in the result. What nobody asked for by the end has no counterpart, so that noth
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ SECRET = (
     "credential", "authorization",
 )  # fmt: skip
 NOT_SECRET = ("tokens", "tokenizer", "tokenized", "eos_token", "pad_token", "bos_token", "unk_token")
+
+FILE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz", ".zst", ".zip", ".arrow")
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,19 @@ class Foreign:
             value = "CHANGE_ME"
         self.settings[name] = value
 
+    def hub_name(self, name: str, config: Any, split: Any, key: str) -> str:
+        """``org/name:config:split`` without what is the default; a file's name as it is. Of a split that is more than
+        a name, such as ``train[:5%]``, the name alone is carried, which is said of ``key``."""
+        if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.lower().endswith(FILE_ENDINGS):
+            return name
+        asked = str(split or "train").strip()
+        plain = re.split(r"[^\w.-]", asked, maxsplit=1)[0] or "train"
+        if plain != asked:
+            self.differs(key, f"a part of a split can't be named, so all of {plain} is: make a file of the rows meant")
+        if config and config != "default":
+            return f"{name}:{config}:{plain}"
+        return name if plain == "train" else f"{name}:{plain}"
+
     def differs(self, key: str, text: str) -> None:
         self._note(key, "differs", text)
 
@@ -148,10 +164,18 @@ class Foreign:
             if found is not None and not any(found is o or (found == o and not isinstance(found, bool)) for o in off):
                 self.lacks(key, text)
 
+    def beginning(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """The reasons of prefixes as those of the keys that begin with them."""
+        return {key: text for key in self.values for prefix, text in reasons.items() if key.startswith(prefix)}
+
     def finish(self) -> None:
         """Account for the keys that were not asked for, and put the notes in the order of the file."""
-        for key in self.values:
-            if key not in self._asked and not any(note.key == key for note in self.notes):
+        for key, value in self.values.items():
+            if key in self._asked or any(note.key == key for note in self.notes):
+                continue
+            if value is None:
+                self._note(key, "not needed", "nothing is set")
+            else:
                 self.lacks(key, "not known; see what it does there before you leave it out")
         self.notes.sort(key=lambda note: int(note.place.rpartition(":")[2]) if note.value else 0)
 

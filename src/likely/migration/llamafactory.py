@@ -14,7 +14,8 @@ CUTOFF = 2048  # where nothing is said
 NO_LORA_VARIANT = "plain LoRA takes its place"
 OF_MEMORY = [
     "preprocessing_batch_size", "use_unsloth", "enable_liger_kernel", "use_unsloth_gc", "pure_bf16", "upcast_layernorm",
-    "buffer_size",
+    "buffer_size", "disable_gradient_checkpointing", "use_reentrant_gc", "use_v1_kernels", "use_kv_cache",
+    "offload_folder", "use_fast_tokenizer", "print_param_status", "data_shared_file_system", "attn",
 ]  # fmt: skip
 LACKING = {
     "adapter_name_or_path": "name a run folder or an adapter's folder as model to go on with it",
@@ -60,6 +61,27 @@ LACKING = {
     "quantization_method": "tune qlora says how the base is held",
     "double_quantization": "tune qlora says how the base is held",
     "ray_run_name": "a training is one command on one machine",
+    "module_dropout": "adapters have no dropout here",
+}
+BY_PREFIX = {
+    "apollo_": "AdamW is the only optimizer",
+    "badam_": "AdamW is the only optimizer",
+    "galore_": "AdamW is the only optimizer",
+    "asft_": "another objective than the likelihood",
+    "eaft_": "another objective than the likelihood",
+    "oft_": NO_LORA_VARIANT,
+    "pissa_": NO_LORA_VARIANT,
+    "loraplus_": NO_LORA_VARIANT,
+    "sequence_parallel_": "one row is computed on one device",
+    "alst_": "one row is computed on one device",
+    "swanlab_": "no such tracker; --track names those there are",
+    "image_": "rows are text",
+    "video_": "rows are text",
+    "audio_": "rows are text",
+    "export_": "likely export writes a model for other tools",
+    "infer_": "likely chat and likely evaluate --generate answer",
+    "vllm_": "likely chat and likely evaluate --generate answer",
+    "sglang_": "likely chat and likely evaluate --generate answer",
 }
 
 
@@ -87,11 +109,9 @@ def read(job: Foreign) -> None:
     _tuning(job)
     if job.text("template") is not None:
         job.differs("template", "a template of its own there; here the chat template that the tokenizer brings is used")
-    job.not_needed(
-        ["preprocessing_batch_size", "use_unsloth", "enable_liger_kernel", "use_unsloth_gc"], MEMORY_OR_SPEED
-    )
-    job.not_needed(["pure_bf16", "upcast_layernorm", "buffer_size"], MEMORY_OR_SPEED)
-    job.without_counterpart(LACKING, off=(False, 0, "none", "no", "concat", "main", "bnb", True))
+    job.not_needed(OF_MEMORY, MEMORY_OR_SPEED)
+    lacking = job.beginning(BY_PREFIX) | LACKING
+    job.without_counterpart(lacking, off=(False, 0, "none", "no", "concat", "main", "bnb", True))
 
 
 def _loss(job: Foreign) -> None:

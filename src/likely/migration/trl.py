@@ -71,26 +71,14 @@ def _data(job: Foreign) -> None:
         return
     config = job.text("dataset_config") or job.text("dataset_config_name")
     split = job.text("dataset_train_split", "train")
-    job.carry("data", _hub_name(name, config, split), "dataset_name")
+    job.carry("data", job.hub_name(name, config, split, "dataset_train_split"), "dataset_name")
     if str(job.value("eval_strategy", "no")) != "no":
-        job.carry("eval_data", _hub_name(name, config, job.text("dataset_test_split", "test")), "dataset_name")
+        test = job.text("dataset_test_split", "test")
+        job.carry("eval_data", job.hub_name(name, config, test, "dataset_test_split"), "dataset_name")
     else:
         job.not_needed(["dataset_test_split"], "nothing is evaluated there; here a share of the rows is held out")
         job.differs("eval_strategy", "there every row is trained on; here a share is held out, unless eval_share is 0")
     _text_column(job)
-
-
-def _hub_name(name: str, config: str | None, split: str | None) -> str:
-    """``org/name:config:split``, which a file's name is not given."""
-    if not _is_hub_name(name):
-        return name
-    if config and config != "default":
-        return f"{name}:{config}:{split}"
-    return name if split == "train" else f"{name}:{split}"
-
-
-def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "." not in name.rpartition("/")[2][-6:]
 
 
 def _mixture(job: Foreign, place: str, mixture: Any) -> None:
@@ -100,7 +88,8 @@ def _mixture(job: Foreign, place: str, mixture: Any) -> None:
     for number, part in enumerate(mixture):
         files = part.get("data_files")
         path = files if isinstance(files, str) else part.get("path", part.get("id", "CHANGE_ME"))
-        names.append(_hub_name(str(path), part.get("name", part.get("config")), part.get("split", "train")))
+        config = part.get("name", part.get("config"))
+        names.append(job.hub_name(str(path), config, part.get("split"), f"{place}.{number}.split"))
         for key in part.keys() - {"path", "id", "name", "config", "split", "data_files"}:
             way_out = "shares of a mix stand in data: a:0.7,b:0.3" if key == "weight" else "name columns by columns"
             job.lacks(f"{place}.{number}.{key}", way_out)
