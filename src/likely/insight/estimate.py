@@ -30,7 +30,8 @@ _QUERY, _ASKED = re.compile(r"q_proj"), re.compile(r"[qkv]_proj")
 _KEYS = re.compile(r"[kv]_proj")
 # As model/attention.py cuts a trie into blocks of queries.
 MERGED_QUERIES, BLOCK_QUERIES = 128, 256
-# Share of the rate of a plain float32 product that a whole step reaches, by the dtype of its products.
+# Rate of a whole step by that of a plain float32 product, by the dtype of its products; bfloat16 on processors that
+# have instructions for it.
 EFFICIENCY = {"float32": 0.74, "bfloat16": 1.22}
 # Bytes of activations for each token and each input and output of a linear layer, where transformers runs the layers.
 ACTIVATION_BYTES = {
@@ -42,7 +43,8 @@ ACTIVATION_BYTES = {
 # Of the sides of a layer's linear parts that are not as wide as the residual stream, the share that a backward needs.
 KEPT_SIDES = 0.75
 HEAD_SIZE = 64  # the smaller of the usual ones, since headers don't tell
-PROGRAM_BYTES = 500e6  # Python with torch, transformers and peft
+# Python with torch, transformers and peft, and what else was measured beyond the parts that are counted here.
+PROGRAM_BYTES = {"full": 500e6, "lora": 800e6}
 CHUNK_LOGITS = 1 << 25  # as training/objective.py has at once
 
 
@@ -238,7 +240,7 @@ def peak_bytes(shape: Shape, load: Load, tune: str, lora_rank: int, dtype: str) 
     copies = 2 * (shape.multiplied + table) if dtype == "bfloat16" else 0
     logits = (4 + width) * min(CHUNK_LOGITS, load.supervised_contexts * shape.vocabulary)
     gradient_of_table = (4 + width) * table if tune == "full" else 0
-    return PROGRAM_BYTES + held + copies + _activations(shape, load, tune, dtype) + logits + gradient_of_table
+    return PROGRAM_BYTES[tune] + held + copies + _activations(shape, load, tune, dtype) + logits + gradient_of_table
 
 
 def _activations(shape: Shape, load: Load, tune: str, dtype: str) -> float:
