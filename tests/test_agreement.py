@@ -169,6 +169,31 @@ def test_the_same_is_refused(
         ]
 
 
+def test_the_same_tokens_are_counted_by_role(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the template drops earlier thoughts a row becomes an example a turn, some of which teach nothing."""
+    monkeypatch.setattr(examine, "Workers", Here)
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    shutil.copy(Path(__file__).parent / "templates" / "qwen3.jinja", tmp_path / "model" / "chat_template.jinja")
+    rows = [chat(i, f"red {i}", f"blue {i}", "gold") for i in range(3)]
+    for i, row in enumerate(rows):
+        row["messages"][1] |= {"reasoning_content": "cyan?", "weight": i / 2}
+        row["messages"][3] |= {"reasoning_content": "teal?"}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, chat(7, weight=0)]), encoding="utf-8")
+    given = {"model": str(tmp_path / "model"), "eval_share": 0.0}
+    trained = inputs.read_inputs(make_config({**given, "data": str(data), "output": str(tmp_path / "run")}), Display())
+    tokens = examine.check(str(data), make_settings(CheckSettings, given), Display())["proof"]["tokens"]
+    assert {
+        role: {"tokens": own["tokens"], "supervised": own["trained"], "weight": own["weight"]}
+        for role, own in tokens["per_role"].items()
+    } == trained.data.tokens_per_role()
+    taken = sum(len(example.token_ids_T) for example in trained.data.examples)
+    assert tokens["left_out"] > 0
+    assert tokens["all"] == taken + tokens["left_out"]
+
+
 @pytest.mark.parametrize(
     "data", ["missing.jsonl", "{0}", "{0}/good,,x", "{0}/good:0.5,{0}/text:0", "{0}/good:1,{0}/text:1"]
 )

@@ -80,7 +80,7 @@ def test_check_exits_with_3_where_training_would_be_wrong(tmp_path: Path, tiny_m
     data = write(tmp_path / "d.jsonl", [chat("Hi", "Hello!"), {"messages": [{"role": "user", "content": "?"}]}, "{"])
     done = run_cli("check", data, "--model", tiny_model_dir)
     assert done.returncode == 3
-    assert done.stderr.splitlines()[0].startswith(f"error: {data}: Training would be wrong: 2 rows are refused")
+    assert done.stderr.splitlines()[0].startswith(f"error: {data}:2: Training would be wrong: 2 rows are refused")
     assert f"{data}:2: no assistant turn" in done.stdout
     assert f"{data}:3: broken JSON" in done.stdout
     assert "Traceback" not in done.stderr

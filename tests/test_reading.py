@@ -420,3 +420,32 @@ def test_large_values_of_a_dictionary_are_taken_in_small_batches(tmp_path: Path)
     assert sum(row["text"] == text for row, _ in Rows(path)) == 300
     words = pa.table({"text": [f"word {i}" for i in range(300)]})
     assert sizes(pq.ParquetFile(write_table(path, words)).metadata)[1] == BATCH_ROWS
+
+
+def test_a_list_of_parquet_without_end_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 1000)
+    lists = pa.table(
+        {
+            "ids": pa.array([[1, 2], [7] * 900, [3], []], pa.list_(pa.int8())),
+            "map": pa.array([[("a", 1)], [], [], [("b", 2)] * 200], pa.map_(pa.string(), pa.int8())),
+            "in": pa.array([{"x": [None]}, None, {"x": []}, {"x": []}], pa.struct([("x", pa.list_(pa.null()))])),
+        }
+    )
+    bad: list[DataError] = []
+    path = write_table(tmp_path / "d.parquet", lists)
+    assert [row["ids"] for row, _ in Rows(path, bad.append)] == [[1, 2], [3]]
+    assert [error.place for error in bad] == [f"{path}:2", f"{path}:4"]
+    assert "MB; remove or split it" in str(bad[0])
+
+
+def test_equal_values_of_a_list_of_parquet_are_a_bomb(tmp_path: Path) -> None:
+    ones = pa.array([[1] * 3_000_000] * 3, pa.list_(pa.int8()))
+    path = write_table(tmp_path / "d.parquet", pa.table({"input_ids": ones}), compression="zstd")
+    assert path.stat().st_size < 10_000
+    with pytest.raises(DataError, match="over 250 times its size"):
+        list(Rows(path))
+
+
+def test_zstd_that_begins_with_a_frame_to_skip(tmp_path: Path) -> None:
+    frame = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"abcd"
+    assert sum(1 for _ in Rows(put(tmp_path, "d.jsonl.zst", frame + zstd(JSONL)))) == 3

@@ -56,6 +56,7 @@ WITHIN = {
     "data": [
         "strict_json",
         "parquet",
+        "kinds",
         "reading",
         "hub",
         "shapes",

@@ -118,7 +118,8 @@ def check(
         with replacing(output) as file:
             file.write(page)
     if not result["ok"]:
-        raise DataError(result["verdict"].rstrip("."), place=data, way_out="mend or remove these rows")
+        place = result["first_wrong"] or data
+        raise DataError(result["verdict"].rstrip("."), place=place, way_out="mend or remove these rows")
 
 
 @app.command()

@@ -54,8 +54,8 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         data: what a training takes.
 
     Returns:
-        ``{"ok", "verdict", "wrong", "data", "shown", "proof", "audit", "floor", "cost", "seconds", "lengths"}``; ``ok``
-        is False where training would be wrong or is refused.
+        ``{"ok", "verdict", "wrong", "first_wrong", "data", "shown", "proof", "audit", "floor", "cost", "seconds",
+        "lengths"}``; ``ok`` is False where training would be wrong or is refused, ``first_wrong`` a row that is why.
 
     Raises:
         LikelyError: there is no such file or model, or the tokenizer can't be used.
@@ -86,19 +86,21 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         analysed = time.perf_counter() - surveyed
         shown = _show(workers, job, survey.intake, _middle_rows(facts))
         judged = [other for other in (split.judged, held_out and held_out.facts) if other]
+        proofs = [proof, *(checking.prove(other, limit) for other in judged[:1])]
         pack_tokens = None if wrong else _pack_tokens(survey, split.rows, judged, settings)
         sharing = _sharing(workers, survey, split.rows, settings, pack_tokens, cluster)
     return {
         "ok": not wrong,
         "verdict": checking.verdict(wrong, tables, checking.left_out(proof, on_too_long=settings.on_too_long)),
         "wrong": wrong,
+        "first_wrong": checking.first_refused(proofs, settings.on_bad_row, settings.on_too_long) if wrong else None,
         "data": _about(data, survey, settings, has_template),
         "eval_data": held_out and _about(str(settings.eval_data), held_out, settings, has_template),
         "held_out_rows": len(split.rows) if settings.eval_data is None else None,
         "model": settings.model,
         "shown": shown,
         "proof": proof,
-        "eval_proof": checking.prove(judged[0], limit) if judged else None,
+        "eval_proof": proofs[1] if judged else None,
         "audit": {kind: table.to_dict() for kind, table in tables.items()},
         "floor": checking.likelihood_floor(facts),
         "cost": sharing,

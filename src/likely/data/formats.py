@@ -24,6 +24,9 @@ Format = Literal["auto"] | Shape
 WRITE = 'rows of {"messages": [...]} or {"prompt": ..., "completion": ...}'
 MAP = "or map columns, as in --columns prompt=question,completion=answer"
 MAX_KEYS_TOLD = 100
+# A template is asked about the beginnings of a conversation, one a message, so time grows with the square of their
+# number: a row of 4,000 messages takes about seven seconds.
+MAX_MESSAGES = 5_000
 # What silences a turn in other trainers' data, and slips of the pen: read by nobody, such a turn is learnt in full.
 OTHER_WEIGHTS = {"train", "training", "mask", "masked", "loss", "loss_weight", "Weight", "weights", "wieght", "weigth"}
 
@@ -112,7 +115,7 @@ class Reading:
         if self.options.columns:
             row = _mapped(row, self.options.columns, source)
         shape = shape_of(row, source, self.options.format)
-        conversation = PARSERS[shape](row, source, self.notes)
+        conversation = _parsed(row, shape, source, self.notes)
         self.shapes[shape] += 1
         for key in row:
             if key not in REQUIRED[shape] and key not in OPTIONAL[shape] and len(self.ignored) < MAX_KEYS_TOLD:
@@ -151,7 +154,18 @@ def parse_row(row: Any, source: Source, format: Format = "auto") -> Conversation
     Raises:
         DataError: the row is of no shape, of two, or a field has the wrong type.
     """
-    return PARSERS[shape_of(row, source, format)](row, source, Counter())
+    return _parsed(row, shape_of(row, source, format), source, Counter())
+
+
+def _parsed(row: Any, shape: Shape, source: Source, notes: Notes) -> Conversation:
+    conversation = PARSERS[shape](row, source, notes)
+    if len(conversation.messages) > MAX_MESSAGES:
+        raise DataError(
+            f"a conversation of {len(conversation.messages):,} messages, and the limit is {MAX_MESSAGES:,}",
+            place=str(source),
+            way_out="split it into several rows",
+        )
+    return conversation
 
 
 def shape_of(row: Any, source: Source, format: Format = "auto") -> Shape:  # noqa: A002

@@ -18,47 +18,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from likely.data import parquet
+from likely.data.kinds import HEAD, PARQUET, USABLE, other_kind, packing, wide_encoding
 from likely.data.parquet import of_table
 from likely.data.strict_json import MAX_ROW_BYTES, Elements, breaks_off, parse_json
-from likely.errors import DataError, first_line
+from likely.errors import DataError, first_line, quoted
 from likely.types import Source
 
 MAX_RATIO = 250  # unpacked bytes per packed byte; text of people packs about 4:1, a bomb 1000:1
 FREE_BYTES = 4 * 2**20  # unpacked before the ratio counts: a small file of equal rows is no bomb
-HEAD = 512
-GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
-OTHER_FILES = {
-    b"PK\x03\x04": "a zip archive",
-    b"PK\x05\x06": "a zip archive",
-    b"BZh": "a bzip2 file",
-    b"\xfd7zXZ\x00": "an xz file",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!": "a rar archive",
-    b"ARROW1": "an Arrow file",
-    b"Obj\x01": "an Avro file",
-    b"ORC": "an ORC file",
-    b"SQLite format 3": "a SQLite database",
-    b"%PDF": "a PDF document",
-    b"\x89PNG": "a picture",
-    b"\x80\x02": "a pickle",
-    b"\x80\x03": "a pickle",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
-}
-WIDE = {
-    b"\xff\xfe\x00\x00": "UTF-32",
-    b"\x00\x00\xfe\xff": "UTF-32",
-    b"\xff\xfe": "UTF-16",
-    b"\xfe\xff": "UTF-16",
-    b"{\x00": "UTF-16",
-    b"[\x00": "UTF-16",
-    b"\x00{": "UTF-16",
-    b"\x00[": "UTF-16",
-}
 ENDINGS = {".jsonl", ".json", ".ndjson", ".csv", ".tsv", ".parquet"}
 MOST_NAMES, FILES_NAMED = 10_000, 3  # of a folder that are looked at, and told
 UNPACK = "unpack it yourself if that is meant"
-USABLE = "give JSONL, a JSON array, CSV or Parquet"
 BadRow = Callable[[DataError], None]
 
 
@@ -97,11 +67,11 @@ class Rows:
                     return
                 if suffixes[-1:] == [".parquet"]:
                     raise self._wrong("named .parquet, but it does not begin as Parquet files do", USABLE)
-                packing = _packing(head)
-                if packing:
-                    self._refuse_bomb(file, packing)
+                packed = packing(head)
+                if packed:
+                    self._refuse_bomb(file, packed)
                 hashed = _Hashed(file)
-                for row in self._stream(hashed, packing, suffixes):
+                for row in self._stream(hashed, packed, suffixes):
                     self.share_read = min(hashed.num_bytes / size, 1.0)
                     yield row
                 while hashed.read(1 << 20):
@@ -143,30 +113,29 @@ class Rows:
         return self._wrong("this is a folder", f"name its files, with commas between them: {named}{more}")
 
     def _refuse_other_kinds(self, head: bytes) -> None:
-        kind = next((name for magic, name in OTHER_FILES.items() if head.startswith(magic)), None)
-        if head[257:262] == b"ustar":
-            kind = "a tar archive"
-        if kind:
-            raise self._wrong(f"this is {kind}", f"unpack or convert it: {USABLE}")
-        wide = next((name for mark, name in WIDE.items() if head.startswith(mark)), None)
+        other = other_kind(head)
+        if other:
+            kind, way_out = other
+            raise self._wrong(f"this is {kind}", way_out)
+        wide = wide_encoding(head)
         if wide:
             raise self._wrong(f"this is {wide}, not UTF-8", "save the file as UTF-8", line=1)
 
-    def _refuse_bomb(self, file: BinaryIO, packing: str) -> None:
+    def _refuse_bomb(self, file: BinaryIO, packed: str) -> None:
         """Look at the beginning of a packed file before any of its rows, each of which may take a while."""
-        begun = _Unpacked(_Hashed(file), packing, self._wrong)
+        begun = _Unpacked(_Hashed(file), packed, self._wrong)
         left = 8 * FREE_BYTES
         while left > 0 and (data := begun.read(1 << 20)):
             left -= len(data)
         file.seek(0)
 
-    def _stream(self, hashed: _Hashed, packing: str | None, suffixes: list[str]) -> Iterator[tuple[Any, Source]]:
-        raw: Any = _Unpacked(hashed, packing, self._wrong) if packing else hashed
+    def _stream(self, hashed: _Hashed, packed: str | None, suffixes: list[str]) -> Iterator[tuple[Any, Source]]:
+        raw: Any = _Unpacked(hashed, packed, self._wrong) if packed else hashed
         stream: io.BufferedReader[Any] = io.BufferedReader(raw, 1 << 20)
         head = stream.peek(HEAD)[:HEAD]
-        if packing:
+        if packed:
             self._refuse_other_kinds(head)
-            if _packing(head) or head.startswith(PARQUET):
+            if packing(head) or head.startswith(PARQUET):
                 raise self._wrong("a packed file inside a packed file", f"unpack it: {USABLE}")
         table = next((s for s in suffixes[-2:] if s.lower() in {".csv", ".tsv"}), None)
         if table:
@@ -226,22 +195,30 @@ class Rows:
             yield row, Source(self.path, number)
 
     def _csv(self, stream: io.BufferedReader[Any], delimiter: str) -> Iterator[tuple[Any, Source]]:
+        size, line = 0, 1  # bytes so far of the row that is being read, and where it begins
+
         def lines() -> Iterator[str]:
-            for line in itertools.count(1):
+            nonlocal size
+            for number in itertools.count(1):
                 raw = stream.readline(MAX_ROW_BYTES + 1)
                 if not raw:
                     return
+                raw = self._whole_line(raw, stream, number)
+                size += len(raw)
+                if size > 2 * MAX_ROW_BYTES:  # the reader itself bounds one field
+                    message = f"the row is over {2 * MAX_ROW_BYTES >> 20} MB"
+                    raise self._wrong(message, "close its quotes, or remove or split it", line)
                 try:
-                    yield self._whole_line(raw, stream, line).decode("utf-8-sig" if line == 1 else "utf-8")
+                    yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     message = f"not UTF-8 at byte {error.start} of the line"
-                    raise self._wrong(message, "save the file as UTF-8", line) from error
+                    raise self._wrong(message, "save the file as UTF-8", number) from error
 
         csv.field_size_limit(MAX_ROW_BYTES)
         reader = csv.reader(lines(), delimiter=delimiter, strict=True)
         names: list[str] | None = None
         while True:
-            line = reader.line_num + 1
+            size, line = 0, reader.line_num + 1
             try:
                 values = next(reader, None)
             except csv.Error as error:
@@ -253,12 +230,21 @@ class Rows:
                 self.num_blank += 1
             elif names is None:
                 names = values
-                self._refuse_twice(names, line)
+                self._refuse_header(names, line)
             elif len(values) != len(names):
                 message = f"{len(values)} fields under a header of {len(names)} columns"
                 self._bad_row(self._wrong(message, "put quotes around text that holds the separator", line))
             else:
                 yield dict(zip(names, values, strict=True)), Source(self.path, line)
+
+    def _refuse_header(self, names: list[str], line: int) -> None:
+        self._refuse_twice(names, line)
+        if names[0].lower().startswith("sep=") and not "".join(names[1:]):
+            raise self._wrong("a line that tells spreadsheets the separator", "remove it", line)
+        other = next((mark for mark in ";\t|," if len(names) == 1 and mark in names[0]), None)
+        if other:
+            message = f"the header is one column, {quoted(names[0])}"
+            raise self._wrong(message, "separate columns with commas, or with tabs in a file named .tsv", line)
 
     def _refuse_twice(self, names: list[str], line: int = 0) -> None:
         if len(set(names)) < len(names):
@@ -296,22 +282,25 @@ class Rows:
     def _rows_of(self, batch: Any, number: int) -> Iterator[dict[str, Any] | None]:
         """The rows of a batch whose first is that ``number``; None for one with a value that Python can't hold, as text
         that is not UTF-8 or a date beyond the year 9999."""
-        try:
-            yield from batch.to_pylist()
-            return
-        except (ValueError, LookupError, OverflowError):
-            pass  # one of them; which, each row alone shows
-        for i in range(batch.num_rows):
+        if not parquet.is_too_large(batch, MAX_ROW_BYTES):
             try:
-                row = batch.slice(i, 1).to_pylist()[0]
+                yield from batch.to_pylist()
+                return
+            except (ValueError, LookupError, OverflowError):
+                pass  # one of them; which, each row alone shows
+        for i in range(batch.num_rows):
+            alone = batch.slice(i, 1)
+            if parquet.is_too_large(alone, MAX_ROW_BYTES):
+                message = f"the row is over {MAX_ROW_BYTES >> 20} MB"
+                self._bad_row(self._wrong(message, "remove or split it", number + i))
+                yield None
+                continue
+            try:
+                row = alone.to_pylist()[0]
             except (ValueError, LookupError, OverflowError) as error:
                 row = None
                 self._bad_row(self._wrong(f"a value can't be read: {first_line(error)}", "write it again", number + i))
             yield row
-
-
-def _packing(head: bytes) -> str | None:
-    return "gzip" if head.startswith(GZIP) else "zstd" if head.startswith(ZSTD) else None
 
 
 class _Hashed(io.RawIOBase):

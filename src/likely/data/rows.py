@@ -96,7 +96,7 @@ def _require_json(conversation: Conversation) -> None:
     if not conversation.tools and not any(m.fields for m in conversation.messages):
         return
     try:
-        json.dumps([dict(m.fields) for m in conversation.messages] + list(conversation.tools))
+        json.dumps([dict(m.fields) for m in conversation.messages] + list(conversation.tools), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise DataError(
             f"a message or a tool holds what JSON can't: {error}",

@@ -293,7 +293,8 @@ def _tools(row: Mapping[str, Any], source: Source) -> tuple[dict[str, Any], ...]
     if legacy is not None:
         if value:
             raise DataError('the row has "tools" and "functions"', place=str(source), way_out="keep one of them")
-        value = [{"type": "function", "function": f} for f in legacy] if isinstance(legacy, list) else legacy
+        bare = isinstance(legacy, list) and all(isinstance(f, dict) for f in legacy)
+        value = [{"type": "function", "function": f} for f in legacy] if bare else legacy
         key = "functions"
     if value is None:
         return ()

@@ -114,7 +114,11 @@ def parse_json(raw: bytes, source: Source) -> Any:
         raise wrong(f"not UTF-8 at byte {error.start} of the line", "save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         hint = {}
-        if b"\r" in raw.rstrip(b"\r\n"):
+        if text.startswith("\ufeff"):
+            hint = {"way_out": "remove the byte order mark at its beginning: files were joined that had one each"}
+        elif text.startswith("\0"):
+            hint = {"way_out": "remove the NUL bytes: the file was cut off while it was written"}
+        elif b"\r" in raw.rstrip(b"\r\n"):
             hint = {"way_out": "end lines with LF: here several rows stand between bare carriage returns"}
         raise wrong(f"broken JSON at column {error.pos + 1}: {error.msg}", **hint) from error
     except ValueError as error:

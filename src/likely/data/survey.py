@@ -45,7 +45,8 @@ class Facts:
     found: dict[str, dict[str, str]] = field(default_factory=dict)  # kind -> row -> detail
     counts: Counter[str] = field(default_factory=Counter)  # of refused rows and of findings by kind
     arrays: dict[str, list[Any]] = field(default_factory=dict)
-    tokens: Any = field(default_factory=lambda: np.zeros((len(ROLES), 3)))  # by role: tokens, trained, weight
+    # By role, of examples that something is learnt from: tokens, trained, weight.
+    tokens: Any = field(default_factory=lambda: np.zeros((len(ROLES), 3)))
     turns: int = 0
     prompts: int = 0  # of turns that answer one
     stops: int = 0
@@ -210,7 +211,8 @@ class Surveyor:
                 kept = self._kept(example) if length > self.max_length else (-1, -1, 0)
                 last = int(trained[-1]) if len(trained) else 0
                 rows.append((row, length, len(trained), last, leading(example, bos), *kept))
-        every = [example for examples in rendered for example in examples]
+        # A training leaves out an example that teaches nothing, context and all.
+        every = [example for examples in rendered for example in examples if example.weights_T.any()]
         if every:
             role_T = np.concatenate([example.role_T for example in every])
             weights_T = np.concatenate([example.weights_T for example in every])

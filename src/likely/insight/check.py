@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,9 @@ class Table:
 
 
 def prove(facts: Facts, max_length: int) -> dict[str, Any]:
-    """The proof of what is trained, over all rows; counts are of tokens where not said otherwise."""
+    """The proof of what is trained, over all rows; counts are of tokens where not said otherwise. ``per_role`` are
+    those of the examples that something is learnt from, as in ``run.json`` of a training; with ``left_out``, those of
+    the others, they are all."""
     length, trained = facts.array("length_M"), facts.array("trained_M")
     bos = np.bincount(np.minimum(facts.array("bos_M"), 2), minlength=3).tolist()
     roles = {
@@ -42,7 +45,12 @@ def prove(facts: Facts, max_length: int) -> dict[str, Any]:
         if tokens
     }
     return {
-        "tokens": {"all": int(length.sum()), "trained": int(trained.sum()), "per_role": roles},
+        "tokens": {
+            "all": int(length.sum()),
+            "trained": int(trained.sum()),
+            "left_out": int(length[trained == 0].sum()),
+            "per_role": roles,
+        },
         "assistant_turns": facts.turns,
         "stop_tokens_trained": facts.stops,
         "stop_share": facts.stops / facts.turns if facts.turns else None,
@@ -107,6 +115,18 @@ def refusals(proof: dict[str, Any], on_bad_row: str, on_too_long: str) -> list[s
     if over["examples"] and on_too_long == "error":
         found.append(f"{over['examples']} examples are over the limit of {over['limit']} tokens")
     return found
+
+
+def first_refused(proofs: Sequence[dict[str, Any]], on_bad_row: str, on_too_long: str) -> str | None:
+    """The first row, as ``file:line``, that a training refuses."""
+    for proof in proofs:
+        refused = proof["refused"]["listed"] if on_bad_row == "error" else {}
+        over = proof["over_length"]["listed"] if on_too_long == "error" else {}
+        for listed in (refused, over):
+            if listed:
+                file, line = min((file, int(line)) for file, _, line in (row.rpartition(":") for row in listed))
+                return f"{file}:{line}"
+    return None
 
 
 def left_out(proof: dict[str, Any], *, on_too_long: str) -> list[str]:
