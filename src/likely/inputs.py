@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from likely import outcome
 from likely.config import Config
 from likely.data.cache import load_kept
@@ -24,6 +26,7 @@ from likely.model.forward import LanguageModel
 from likely.model.place import Place, check_token_ids, choose_max_length, find_model
 from likely.training import engine, memory
 from likely.training.log import Display
+from likely.training.parallel import ALONE, Ranks
 from likely.types import Example
 
 
@@ -113,11 +116,18 @@ def _resolve(config: Config, **chosen: float) -> Config:
     )
 
 
-def load_model(inputs: Inputs, saved: Path | None = None, sharers: int = 1) -> LanguageModel:
-    """The model that is to be trained: as its base is, or as this training saved it in a folder. So many processes
-    share the host's memory."""
+def load_model(
+    inputs: Inputs, saved: Path | None = None, ranks: Ranks = ALONE, *, sharded: bool = False
+) -> LanguageModel:
+    """The model that is to be trained: as its base is, or as this training saved it in a folder. ``sharded``, each of
+    the ranks holds some rows of each weight."""
     config, dtype = inputs.config, models.choose_compute_dtype(inputs.config.dtype, models.best_device())
-    if saved is not None:
+    sharers = ranks.local_world_size
+    if sharded:
+        from likely.training.sharding import load_sharded  # noqa: PLC0415  (takes half a second)
+
+        model = load_sharded(config.model, tuning_of(config), ranks, compute_dtype=dtype, saved=saved)
+    elif saved is not None:
         model = models.load_for_resuming(config.model, saved, compute_dtype=dtype)
     else:
         model = models.load_for_training(config.model, tuning_of(config), compute_dtype=dtype)
@@ -125,6 +135,23 @@ def load_model(inputs: Inputs, saved: Path | None = None, sharers: int = 1) -> L
     if model.activation_room != 0:
         memory.keep_freed_memory()
     return model
+
+
+def shards(inputs: Inputs, wanted: str, ranks: Ranks) -> bool:
+    """Whether the ranks shard the model: as it is ``wanted``, and with ``auto`` where some rank has no room for all of
+    it, with its gradient and AdamW's averages.
+
+    Raises:
+        ConfigError: it is wanted, and can't be.
+    """
+    quantized = inputs.config.tune == "qlora"
+    if wanted == "full" and (quantized or ranks.alone):
+        why = "a base in four bits is not sharded" if quantized else "there is one process"
+        raise ConfigError(f"shard is full, and {why}", way_out="use --nproc or torchrun, or --shard none")
+    if wanted != "auto" or quantized or ranks.alone:
+        return wanted == "full"
+    fits = memory.fits(inputs.place, tuning_of(inputs.config), ranks.local_world_size)
+    return not all(float(rank[0]) for rank in ranks.gather(np.array([float(fits)])))
 
 
 def tuning_of(config: Config) -> models.Tuning:

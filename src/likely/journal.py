@@ -39,6 +39,8 @@ class Journal:
     show: Callable[[StepMetrics], None] = lambda _: None
     say: Callable[[str], None] = lambda _: None
     require: Callable[[], None] = lambda: None  # that the run folder still is ours
+    # Of a save that takes several processes: whether all of them mean to, and then nobody can do it alone.
+    all_of: Callable[[bool], bool] | None = None
     eval_every: int | None = None
     save_every: int | None = None
     skip_nonfinite: int = 0
@@ -104,7 +106,9 @@ class Journal:
         if self.patience and self.best and self.best[0] == step:
             self.save_now()
         due = self.save_every and (last or step % self.save_every == 0)
-        if due or (not self.save_every and not last and self._long_since_saved()):
+        if not self.save_every and not last:
+            due = self._long_since_saved()
+        if due:
             self.save_now()
         return self._patience_is_over
 
@@ -146,7 +150,7 @@ class Journal:
     def guarding(self) -> Iterator[None]:
         """Whatever ends the steps inside, save the last whole one, if that can still be done."""
         try:
-            with stops.rescuing(self.save_now):
+            with stops.rescuing(self.save_now if self.all_of is None else lambda: None):
                 yield
         except BaseException:
             with suppress(Exception):
@@ -155,7 +159,10 @@ class Journal:
 
     def save_now(self) -> None:
         """Save the state after the last whole step, unless that was done or the weights are no longer those."""
-        if self.step == self._saved_step or not self._whole:
+        due = self.step != self._saved_step and self._whole
+        if self.all_of is not None:
+            due = self.all_of(due)
+        if not due:
             return
         self.require()
         with stops.shield():
@@ -172,4 +179,5 @@ class Journal:
 
     def _long_since_saved(self) -> bool:
         wait = max(SECONDS_BETWEEN_SAVES, self._saving_seconds / MAX_SAVING_SHARE)
-        return time.monotonic() - self._saved_at > wait
+        due = time.monotonic() - self._saved_at > wait
+        return due if self.all_of is None else self.all_of(due)

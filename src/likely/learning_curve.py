@@ -203,7 +203,7 @@ def _find_done(job: _Job, names: Sequence[str]) -> dict[str, _Judged]:
 
 def _train(job: _Job, missing: Sequence[_Point], done: dict[str, _Judged]) -> None:
     """The points that are not done, from one model in memory; each is in ``done`` and on the disk before the next."""
-    display, model = job.display, load_model(job.inputs, sharers=job.ranks.local_world_size)
+    display, model = job.display, load_model(job.inputs, ranks=job.ranks)
     for note in model.kernels.notes:
         display.say(note)
     restart = models.Restart(model, tuning_of(job.inputs.config))

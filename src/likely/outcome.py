@@ -112,7 +112,8 @@ def _answers(model: LanguageModel, yardsticks: Yardsticks, display: Display, ran
     longest = 2 * max(question.gold_tokens for question in asked) + 16
 
     def track(batches: Any, title: str, _: int) -> Iterable[Any]:
-        own = list(batches)[ranks.rank :: ranks.world_size]
+        # All ranks of a sharded model go through the same forwards.
+        own = list(batches)[:] if model.sharded else list(batches)[ranks.rank :: ranks.world_size]
         return display.track(own, title, len(own))
 
     answers = greedy_answers(

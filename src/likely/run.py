@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from likely import launched, manifest, outcome, provenance, run_folder, stops, storage
 from likely.config import Config, Launch, to_yaml
 from likely.data.order import num_steps
-from likely.inputs import Inputs, load_model, plan_of, read_inputs
+from likely.inputs import Inputs, load_model, plan_of, read_inputs, shards
 from likely.insight import evaluate as evaluation
 from likely.insight.lengths import histogram
 from likely.insight.report import Report
@@ -20,7 +21,7 @@ from likely.journal import Journal
 from likely.model import load as models
 from likely.model.forward import LanguageModel
 from likely.model.fuse import fusing
-from likely.training import engine
+from likely.training import engine, sharded_files
 from likely.training.checkpoint import State, name_of, require_disk, restore, rotate, save_checkpoint
 from likely.training.log import Display, MetricsFile, UnwrittenMetrics
 from likely.training.optim import build_optimizer
@@ -56,26 +57,23 @@ def train(config: Config, display: Display, launch: Launch | None = None) -> Run
             tracked(launch.trackers if ranks.first else [], display.say) as tracking,
             claim.explaining(),
         ):
-            return _train(config, resume, claim, tracking, display, ranks)
+            return _train(config, launch.model_copy(update={"resume": resume}), claim, tracking, display, ranks)
 
 
 def _train(
-    config: Config, resume: str | None, claim: run_folder.Claim, tracking: Tracking, display: Display, ranks: Ranks
+    config: Config, launch: Launch, claim: run_folder.Claim, tracking: Tracking, display: Display, ranks: Ranks
 ) -> Run:
     folder = claim.folder
-    start = run_folder.find_start(folder, resume, display.say) if ranks.first else run_folder.Start()
+    start = run_folder.find_start(folder, launch.resume, display.say) if ranks.first else run_folder.Start()
     start = run_folder.Start.of(ranks.first_says(start.told()))
     if start.finished:
         display.say(f"{folder}: this run is finished, so there is nothing to resume")
         return Run(folder, run_folder.read_report(folder) or {})
     inputs = ranks.one_host_one_maker(lambda: read_inputs(config, display))
-    model = load_model(inputs, sharers=ranks.local_world_size)
-    if not ranks.alone:
-        ranks.require_same("the settings, the data or the weights", [inputs.identity(), models.checksum(model)])
-    for note in model.kernels.notes:
-        display.say(note)
-    if not model.shares:
-        display.say("this model's layers can't follow a branching prefix: each example is computed on its own")
+    load = partial(load_model, inputs, ranks=ranks, sharded=shards(inputs, launch.shard, ranks))
+    model = load()
+    _compare(inputs, model, ranks)
+    _tell_of(model, ranks, display)
     session = _begin(inputs, model, start, claim, tracking, display, ranks)
     before = outcome.look(model, inputs.yardsticks, display, "base", ranks)
     if before.summary:
@@ -83,15 +81,15 @@ def _train(
     if start.manifest is not None:
         del model  # before the next is loaded: two may not fit
         saved = start.checkpoint.folder / "model" if start.checkpoint else folder / "model"
-        model = load_model(inputs, saved, ranks.local_world_size)
+        model = load(saved)
     if not start.trained:
         _run_steps(model, session, start)
         best = session.best_step
         if best is not None and best != session.journal.step:
             del model
             ranks.agree()  # that it is saved
-            model = load_model(inputs, folder / "checkpoints" / name_of(best) / "model", ranks.local_world_size)
-        if ranks.first:
+            model = load(folder / "checkpoints" / name_of(best) / "model")
+        if ranks.first or model.sharded:
             _save_tuned(model, session)
     after = outcome.look(model, inputs.yardsticks, display, "tuned", ranks)
     if after.summary and session.best_step is None:
@@ -103,6 +101,22 @@ def _train(
         write_report(report, provenance.published(inputs.config.model_dump(), session.origins, inputs.place), folder)
     display.say(report.verdict)
     return Run(folder, report.to_dict())
+
+
+def _compare(inputs: Inputs, model: LanguageModel, ranks: Ranks) -> None:
+    """All ranks are to start from the same; of sharded weights, each has others."""
+    if not ranks.alone:
+        weights = None if model.sharded else models.checksum(model)
+        ranks.require_same("the settings, the data or the weights", [inputs.identity(), weights])
+
+
+def _tell_of(model: LanguageModel, ranks: Ranks, display: Display) -> None:
+    for note in model.kernels.notes:
+        display.say(note)
+    if model.sharded:
+        display.say(f"the model is sharded: each of {ranks.world_size} processes holds some rows of every weight")
+    if not model.shares:
+        display.say("this model's layers can't follow a branching prefix: each example is computed on its own")
 
 
 @dataclass(frozen=True)
@@ -192,7 +206,10 @@ def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start)
     ranks = session.ranks
     optimizer = build_optimizer(model.network.parameters(), config.weight_decay)
     if start.checkpoint is not None:
-        restore(start.checkpoint, model.network, optimizer)
+        if model.sharded:
+            sharded_files.restore(start.checkpoint, model, optimizer, ranks)
+        else:
+            restore(start.checkpoint, model.network, optimizer)
         session.claim.saved.append(name_of(journal.step))
         display.say(f"going on after step {journal.step} of {session.total}")
     checkpoints = session.claim.folder / "checkpoints"
@@ -201,7 +218,13 @@ def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start)
         models.save_model(model, inputs.tokenizer, path)
 
     def save(state: State) -> None:
-        saved = save_checkpoint(checkpoints, state, model.network, optimizer, save_model, session.about)
+        saved = checkpoints / name_of(state.step)
+        if model.sharded:
+            sharded_files.save_checkpoint(saved, state, model, optimizer, inputs.tokenizer, session.about, ranks)
+        else:
+            save_checkpoint(checkpoints, state, model.network, optimizer, save_model, session.about)
+        if not ranks.first:
+            return
         session.claim.saved.append(saved.name)
         display.say(f"saved {saved}")
         rotate(checkpoints, state.step, config.keep_checkpoints, [journal.best[0]] if journal.best else [])
@@ -213,8 +236,10 @@ def _run_steps(model: LanguageModel, session: _Session, start: run_folder.Start)
         return evaluation.summarize(examples, scores, inputs.tokenizer)
 
     journal.evaluate = evaluate if inputs.eval_data else None
-    if ranks.first:
+    if ranks.first or model.sharded:
         journal.save = save
+    if model.sharded:
+        journal.all_of = ranks.all_of
     fused = fusing(model.device, display.say)
     with display.training(session.total, journal.step) as show, journal.guarding(), ranks.together(), fused:
         journal.show = show
@@ -229,10 +254,19 @@ def _save_tuned(model: LanguageModel, session: _Session) -> None:
     """RUN/model, at once after the last step: from then on only the looks and the report are left to do."""
     final = session.claim.folder / "model"
     session.claim.require()
+    about = {"kind": "model", **session.about, "state": asdict(session.journal.state)}
+    if model.sharded:
+        with sharded_files.put_in_place(final, session.ranks) as (unfinished, seal):
+            sharded_files.save_model(model, session.inputs.tokenizer, unfinished, session.ranks)
+            session.ranks.agree()
+            if seal is not None:
+                seal.close(about)
+        session.claim.saved.append("the tuned model")
+        return
     with stops.shield(), storage.disk_errors(final, "the tuned model"):
         with manifest.put_in_place(final) as (unfinished, seal):
             models.save_model(model, session.inputs.tokenizer, unfinished)
-            seal.close({"kind": "model", **session.about, "state": asdict(session.journal.state)})
+            seal.close(about)
         session.claim.saved.append("the tuned model")
 
 

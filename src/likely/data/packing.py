@@ -74,6 +74,13 @@ def plan_packs(examples: Sequence[Example], pack_tokens: int, *, share: bool = T
     return plan
 
 
+def idle_pack() -> Pack:
+    """One node that predicts nothing, for a process that only keeps the others company."""
+    none = np.empty(0, np.int64)
+    zero = np.zeros(1, np.int64)
+    return Pack(zero, zero, zero + 1, none, none, np.empty(0), none, ())
+
+
 def default_pack_tokens(longest: int) -> int:
     """Room for the longest example, of so many tokens, and for a prefix that many examples share."""
     return max(DEFAULT_PACK_TOKENS, longest)

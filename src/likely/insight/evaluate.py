@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
-from likely.data.packing import plan_packs, supervise_everything
+from likely.data.packing import idle_pack, plan_packs, supervise_everything
 from likely.data.table import OnDemand
 from likely.data.trie import build_pack
 from likely.model.forward import LanguageModel
@@ -47,6 +47,8 @@ def score_examples(
         for chosen in (track(own, "scoring", len(own)) if track else own)
         for column in score_together(model, examples, chosen)
     ]
+    for _ in range(max(map(len, dealt)) - len(own) if model.sharded else 0):
+        score_edges(model, idle_pack())
     for entries, values in zip(dealt, ranks.gather(np.concatenate([*scored, np.empty(0)])), strict=True):
         start = 0
         for i in (i for entry in entries for i in plan[entry]):

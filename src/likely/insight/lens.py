@@ -27,7 +27,7 @@ def next_token_logprobs(model: LanguageModel, context: Sequence[int]) -> FloatAr
     weights[-1] = 1.0
     example = Example(ids, weights, np.zeros(len(ids), np.int8), Source("lens", 0))
     (pack,) = build_packs([example], len(ids), share=model.shares)
-    logits = model.head.logits(model.hidden_at(pack, pack.source_E))
+    logits = model.gathered(lambda: model.head.logits(model.hidden_at(pack, pack.source_E)))
     result: FloatArray = torch.log_softmax(logits[0].double(), dim=-1).cpu().numpy()
     return result
 

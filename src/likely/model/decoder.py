@@ -7,6 +7,7 @@ transformers' own code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -64,15 +65,19 @@ class Decoder:
         angles = Angles(cos[0], sin[0])
         pruned = len(node_S) < len(plan.position_T)
         num_again = self._num_computed_again(plan, narrow.dtype, room) if torch.is_grad_enabled() else 0
-        for number, (attention, mlp) in enumerate(self.layers, start=1):
+        for number, (attention, _) in enumerate(self.layers, start=1):
             if pruned and number == len(self.layers):
                 blocks = plan.blocks_of(node_S, attention.window, narrow.dtype)
                 sight = Sight(blocks, angles, to_device(node_S, x.device), narrow)
             else:
                 sight = Sight(plan.blocks(attention.window, narrow.dtype), angles, None, narrow)
-            x = _again(attention, mlp, x, sight) if number <= num_again else mlp(attention(x, sight), sight)
+            x = self.layer(number - 1, x, sight, again=number <= num_again)
         hidden: Tensor = self.backbone.norm(x)
         return hidden
+
+    def layer(self, index: int, x_TD: Tensor, sight: Sight, *, again: bool) -> Tensor:
+        """The residual stream (S, D) after one layer; with ``again``, only its entry is kept for the backward."""
+        return through_layer(*self.layers[index], x_TD, sight, again=again)
 
     def _num_computed_again(self, plan: TriePlan, dtype: torch.dtype, room: int | None) -> int:
         if room is None:
@@ -90,13 +95,13 @@ class Decoder:
         return num_layers - int(min(max(fitting, 0), num_layers))
 
 
-def _again(attention: AttentionHalf, mlp: MlpHalf, x_TD: Tensor, sight: Sight) -> Tensor:
-    """A layer of which only the entry is kept for the backward."""
+def through_layer(attention: AttentionHalf, mlp: MlpHalf, x_TD: Tensor, sight: Sight, *, again: bool) -> Tensor:
+    """Both halves of a layer; with ``again``, only the entry is kept for the backward."""
 
     def run(x: Tensor) -> Tensor:
         return mlp(attention(x, sight), sight)
 
-    out: Tensor = computed_again(run, x_TD)
+    out: Tensor = computed_again(run, x_TD) if again else run(x_TD)
     return out
 
 
@@ -152,6 +157,18 @@ def _unwatched(module: Any) -> Any:
 
 def _read_layer(layer: Any, family: _Family) -> tuple[AttentionHalf, MlpHalf]:
     family.plain(layer, "DecoderLayer")
+    return _read_halves(layer, family)
+
+
+def reader_of_layers(causal_lm: Any) -> Callable[[Any], tuple[AttentionHalf, MlpHalf]]:
+    """Reads the halves of a layer of a model that :func:`read_decoder` knows, and that was sharded since then: its
+    parameters are others each time that they are gathered."""
+    name = type(causal_lm).__name__
+    family = _Family(type(causal_lm).__module__, name.removesuffix("ForCausalLM"), causal_lm.config)
+    return partial(_read_halves, family=family)
+
+
+def _read_halves(layer: Any, family: _Family) -> tuple[AttentionHalf, MlpHalf]:
     attention, mlp = family.plain(layer.self_attn, "Attention"), family.plain(layer.mlp, "MLP")
     if type(mlp.act_fn) not in SILU or has_hooks(mlp.act_fn):
         raise NotRecognisedError(f"its activation is {type(mlp.act_fn).__name__}")

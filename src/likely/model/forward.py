@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -60,6 +61,20 @@ class Head:
         return dlogits.mul_(self.scale) if self.scale != 1.0 else dlogits
 
 
+class Gathering(Protocol):
+    """Of a model whose parameters are sharded over several processes: gathers those outside its layers."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """By name, each process's rows of them."""
+
+    def run(self, work: Callable[[], Tensor]) -> Tensor:
+        """What ``work`` gives while the parameters are there."""
+
+    def release(self) -> None:
+        """Give up what a forward without a backward has left gathered."""
+
+
 @dataclass
 class LanguageModel:
     """A causal language model of transformers, bare or with adapters of peft.
@@ -70,7 +85,8 @@ class LanguageModel:
     known, else transformers does; it is read anew where the network may have changed. ``activation_room`` is how many
     bytes activations may take (None: no limit); what doesn't fit is computed again in the backward. ``kernels`` may
     compute the attention on a GPU. ``chunk_logits`` is how many logits the loss may hold at once (None: its own
-    choice).
+    choice). ``gathering`` is of a model whose parameters are sharded: then every rank makes the same forwards and
+    backwards in the same order, and what the network is does not change.
     """
 
     network: Any
@@ -83,10 +99,15 @@ class LanguageModel:
     activation_room: int | None = None
     kernels: Kernels = field(default_factory=Kernels)
     chunk_logits: int | None = None
+    gathering: Gathering | None = None
     _casts: dict[torch.dtype, Casts] = field(default_factory=dict)
     _inside: bool = False  # of autocast, where nothing of the network changes
     _known: Decoder | None = None
     _bytes_a_node: int | None = None
+
+    @property
+    def sharded(self) -> bool:
+        return self.gathering is not None
 
     @property
     def causal_lm(self) -> Any:
@@ -106,7 +127,8 @@ class LanguageModel:
         dtype = torch.get_autocast_dtype(kind) if inside else self.head.weight.dtype
         if self.activation_room == 0:  # there is no memory to keep them in
             self._casts.clear()
-        if self.activation_room == 0 or not inside:  # or nobody says when they are stale
+        # or nobody says when they are stale, or the parameters themselves are not kept
+        if self.activation_room == 0 or not inside or self.sharded:
             return Casts(dtype, kept=False)
         return self._casts.setdefault(dtype, Casts(dtype))
 
@@ -119,6 +141,15 @@ class LanguageModel:
         )
         softcap = getattr(config, "final_logit_softcapping", None)
         return Head(output.weight, getattr(output, "bias", None), scale, softcap)
+
+    def gathered(self, work: Callable[[], Tensor]) -> Tensor:
+        """What ``work`` gives that uses this model; a sharded one has its embeddings and its head meanwhile."""
+        if self.gathering is None:
+            return work()
+        result = self.gathering.run(work)
+        if not result.requires_grad:
+            self.gathering.release()
+        return result
 
     def hidden_at(self, pack: Pack, node_S: IntArray) -> Tensor:
         """Final hidden states (S, D) at some of a pack's nodes, which ascend.
@@ -139,6 +170,9 @@ class LanguageModel:
     def _read_again(self) -> None:
         """Modules may have been replaced, adapters switched or merged, hooks set, since the network was last read."""
         if self.decoder is None:
+            return
+        if self.sharded:
+            self._known = self.decoder
             return
         now = _decoder_of(self.causal_lm)
         if now is None or self._known is None or not now.same_parameters(self._known):
@@ -232,15 +266,27 @@ class LanguageModel:
         own = self.causal_lm.config._attn_implementation
         self.causal_lm.set_attn_implementation(self.plain_attention)
         try:
-            yield self.network
+            # peft calls the inner forward, past what gathers its parameters; the adapters are in the layers anyway.
+            yield self.network if self.gathering is None else self.causal_lm
         finally:
+            if self.gathering is not None:
+                self.gathering.release()
             self.causal_lm.set_attn_implementation(own)
 
 
-def connect(network: Any, name: str, *, compute_dtype: torch.dtype) -> LanguageModel:
+def connect(
+    network: Any,
+    name: str,
+    *,
+    compute_dtype: torch.dtype,
+    sharded: tuple[Decoder, Gathering] | None = None,
+) -> LanguageModel:
     """Plug the trie's attention into a transformers model and prove, on a small branching example, that the likelihood
     equals the one that transformers computes for each sequence alone. A model whose layers can't follow branches is run
     without sharing; one that disagrees even then is refused.
+
+    Args:
+        sharded: of a network that is sharded, what runs its layers and what gathers the rest; no other way is tried.
 
     Raises:
         ModelError: the model's likelihood can't be reproduced.
@@ -255,12 +301,19 @@ def connect(network: Any, name: str, *, compute_dtype: torch.dtype) -> LanguageM
     if isinstance(output, BaseTunerLayer):  # which may change nothing yet, and then only its gradient would tell
         raise ModelError(f"{name} has an adapter on its output layer", way_out="leave lm_head out of target_modules")
     failure = ""
-    for decoder, shares in ((_decoder_of(model.causal_lm), True), (None, True), (None, False)):
+    ways: list[tuple[Decoder | None, bool]] = [(None, True), (None, False)]
+    if sharded is not None:
+        ways, model.gathering = [(sharded[0], True)], sharded[1]
+    else:
+        ways.insert(0, (_decoder_of(model.causal_lm), True))
+    for decoder, shares in ways:
         model.decoder, model.shares = decoder, shares
         model.causal_lm.set_attn_implementation(NAME if shares else model.plain_attention)
         try:
             difference = _largest_difference(model)
         except Exception as error:  # the layers are foreign code, and what they raise at a trie is theirs to choose
+            if sharded is not None:  # where it may be another rank's, too
+                raise
             failure = first_line(error)
             continue
         if difference <= _tolerance(model):
@@ -296,6 +349,10 @@ def _tolerance(model: LanguageModel) -> float:
     return {torch.float64: 1e-6, torch.float32: 2e-3}.get(model.head.weight.dtype, 0.3)
 
 
+def _logits(model: LanguageModel, pack: Pack, node_S: IntArray) -> Tensor:
+    return model.head.logits(model.hidden_at(pack, node_S))
+
+
 @torch.no_grad()
 def _largest_difference(model: LanguageModel) -> float:
     """Over a few short sequences with common prefixes: largest |log P here - log P by transformers|."""
@@ -312,7 +369,8 @@ def _largest_difference(model: LanguageModel) -> float:
     ]
     largest = 0.0
     for pack in build_packs(examples, 64, share=model.shares):
-        logits = model.head.logits(model.hidden_at(pack, np.arange(pack.num_nodes))).double().cpu()
+        nodes = np.arange(pack.num_nodes)
+        logits = model.gathered(partial(_logits, model, pack, nodes)).double().cpu()
         for i, edges in zip(pack.example_N, pack.edge_of_N, strict=True):
             here = torch.log_softmax(logits[pack.source_E[edges]], -1)
             token_ids = torch.from_numpy(examples[i].token_ids_T)[None].to(model.device)

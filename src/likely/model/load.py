@@ -49,7 +49,7 @@ def read_network(
     four_bits = {"quantization_config": quantization_config()} if quantized or trained_on_nf4(place) else {}
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        wanted = _check_sizes(config, tensors)
+        wanted = check_sizes(config, tensors)
         check_finite({name: t for name, t in tensors.items() if name in wanted or not HARMLESS.search(name)})
         network, info = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
@@ -65,7 +65,7 @@ def read_network(
         raise
     except Exception as error:
         raise ModelError(f"can't be loaded: {first_line(error)}", place=place.weights) from error
-    _check_nothing_left(info, place.weights)
+    check_nothing_left(info, place.weights)
     # The name that an adapter remembers: a hub id stays one, wherever its files are kept.
     network.name_or_path = network.config.name_or_path = place.weights
     network.config.use_cache = True
@@ -75,10 +75,10 @@ def read_network(
         keep_layout(network)
     if trainable:
         network.base_sha256 = identity(folder)  # what an adapter that is trained on it remembers
-    return network if place.adapter is None else _with_adapter(network, place, folder, trainable)
+    return network if place.adapter is None else with_adapter(network, place, folder, trainable)
 
 
-def _check_sizes(config: Any, tensors: Mapping[str, Stored]) -> set[str]:
+def check_sizes(config: Any, tensors: Mapping[str, Stored]) -> set[str]:
     """Compare with a model that has shapes but no memory, so that a wrong config can't make a large one; the names of
     its weights."""
     with torch.device("meta"):
@@ -104,7 +104,7 @@ def _check_sizes(config: Any, tensors: Mapping[str, Stored]) -> set[str]:
     return set(skeleton.state_dict())
 
 
-def _check_nothing_left(info: Mapping[str, Any], place: str) -> None:
+def check_nothing_left(info: Mapping[str, Any], place: str) -> None:
     """Every weight of the model came from the files, and every tensor of the files went into the model."""
     unexpected = [name for name in map(str, info["unexpected_keys"]) if not HARMLESS.search(name)]
     for kind, names in (
@@ -124,7 +124,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
-def _with_adapter(network: Any, place: Place, base: Path, trainable: bool) -> Any:
+def with_adapter(network: Any, place: Place, base: Path, trainable: bool) -> Any:
     assert place.adapter is not None  # noqa: S101
     folder = Path(place.adapter)
     tensors = check_adapter(folder)
@@ -192,7 +192,7 @@ def load_for_training(
     """
     place = find_model(name)
     if place.adapter is not None:
-        _check_tuning(place, name, tuning)
+        check_tuning(place, name, tuning)
     # Whatever a layer may draw in training is a function of the seed.
     torch.manual_seed(tuning.seed)
     network = read_network(place, dtype=torch.float32, trainable=True, quantized=tuning.quantized)
@@ -202,7 +202,7 @@ def load_for_training(
     return connect(network, name, compute_dtype=compute_dtype)
 
 
-def _check_tuning(place: Place, name: str, tuning: Tuning) -> None:
+def check_tuning(place: Place, name: str, tuning: Tuning) -> None:
     assert place.adapter is not None  # noqa: S101
     if tuning.lora_rank is None:
         raise ModelError(
@@ -249,13 +249,24 @@ def save_model(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
     broken = next((name for name, p in model.network.named_parameters() if not p.isfinite().all()), None)
     if broken:
         raise NonFiniteError(f"the weight {broken} is not finite", way_out="lower --learning-rate; nothing was saved")
-    with model.as_transformers_runs_it() as network:
+    save_files(model, tokenizer, folder)
+
+
+def save_files(model: LanguageModel, tokenizer: Any, folder: Path, adapter: dict[str, Any] | None = None) -> None:
+    """What :func:`save_model` writes.
+
+    Args:
+        adapter: the tensors of the adapter by the names of the network's parameters, where the network's own are
+            sharded.
+    """
+    network = model.network
+    with model.as_transformers_runs_it():
         if isinstance(network, PeftModel):
             settings = network.active_peft_config
             if isinstance(settings.target_modules, set):  # whose order is another one in each process
                 settings.target_modules = sorted(settings.target_modules)
             # "auto" would ask the hub whether the base's vocabulary was resized.
-            network.save_pretrained(folder, save_embedding_layers=False)
+            network.save_pretrained(folder, save_embedding_layers=False, state_dict=adapter)
             (folder / "README.md").unlink(missing_ok=True)  # peft's empty form for a model card
             base = {
                 "base": settings.base_model_name_or_path,

@@ -2,7 +2,7 @@
 
 step-000010/MANIFEST.json          run, step, config, fingerprints of data and base; SHA-256 of every other file
 step-000010/model/                 the weights or the adapter, as transformers or peft load them
-step-000010/optimizer.safetensors  AdamW's moments by parameter name
+step-000010/optimizer.safetensors  AdamW's moments by parameter name; several files of 1 GiB where it was sharded
 step-000010/random.safetensors     the random generators
 step-000010/state.json             the step and what the metrics were; order and learning rate are functions of the step
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def save_checkpoint(
             save_model(unfinished / "model")
             seal.settle()
             save_file(_optimizer_tensors(network, optimizer), unfinished / "optimizer.safetensors")
-            save_file(_random_states(), unfinished / "random.safetensors")
+            save_file(random_states(), unfinished / "random.safetensors")
             storage.create_file(unfinished / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
             seal.close({"kind": "checkpoint", **about, "step": state.step})
     return final
@@ -166,20 +166,26 @@ def restore(checkpoint: Checkpoint, network: Any, optimizer: torch.optim.Optimiz
         ModelError: the moments are not those of the network's trainable parameters.
     """
     try:
-        moments = load_file(checkpoint.folder / "optimizer.safetensors")
+        files = sorted(checkpoint.folder.glob("optimizer*.safetensors"))
+        moments = {name: value for file in files for name, value in load_file(file).items()}
         if moments or checkpoint.state.step > checkpoint.state.skipped:  # else no step has made any
             _restore_optimizer(moments, network, optimizer)
-        states = load_file(checkpoint.folder / "random.safetensors")
-        torch.set_rng_state(states["cpu"])
-        for i in range(torch.cuda.device_count()):
-            if f"cuda.{i}" in states:
-                torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+        restore_random(checkpoint)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"its state can't be restored: {first_line(error)}", place=str(checkpoint.folder)) from error
 
 
+def restore_random(checkpoint: Checkpoint) -> None:
+    """The random generators of a checkpoint."""
+    states = load_file(checkpoint.folder / "random.safetensors")
+    torch.set_rng_state(states["cpu"])
+    for i in range(torch.cuda.device_count()):
+        if f"cuda.{i}" in states:
+            torch.cuda.set_rng_state(states[f"cuda.{i}"], i)
+
+
 def _restore_optimizer(tensors: dict[str, torch.Tensor], network: Any, optimizer: torch.optim.Optimizer) -> None:
-    names = _trainable(network, optimizer)
+    names = trainable_of(dict(network.named_parameters()), optimizer)
     strange = {f"{name}.{key}" for name in names for key in ("step", "exp_avg", "exp_avg_sq")} ^ set(tensors)
     if strange:
         raise ValueError(f"the optimizer's moments are those of other parameters: {min(strange)}")
@@ -194,20 +200,21 @@ def _restore_optimizer(tensors: dict[str, torch.Tensor], network: Any, optimizer
         optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in moments.items()}
 
 
-def _trainable(network: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def trainable_of(parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Those that the optimizer changes."""
     chosen = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in network.named_parameters() if id(p) in chosen}
+    return {name: p for name, p in parameters.items() if id(p) in chosen}
 
 
 def _optimizer_tensors(network: Any, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
         f"{name}.{key}": value.contiguous()
-        for name, parameter in _trainable(network, optimizer).items()
+        for name, parameter in trainable_of(dict(network.named_parameters()), optimizer).items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def _random_states() -> dict[str, torch.Tensor]:
+def random_states() -> dict[str, torch.Tensor]:
     """Of torch, the only ones that a layer could draw from; the order of examples is a function of the seed."""
     return {"cpu": torch.get_rng_state()} | {
         f"cuda.{i}": torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())

@@ -13,7 +13,7 @@ import torch
 
 from likely.data.dealing import Cost, deal
 from likely.data.order import Order
-from likely.data.packing import build_packs, normalize_per_example
+from likely.data.packing import build_packs, idle_pack, normalize_per_example
 from likely.data.trie import context_length
 from likely.errors import NonFiniteError, ResourceError, first_line, is_out_of_memory
 from likely.model.forward import LanguageModel
@@ -158,13 +158,14 @@ class _Fitting:
         # All ranks know all examples, so nobody need ask for the sum.
         weight = None if self.ranks.alone else float(sum(e.weights_T.sum() for e in prepared.weighed))
         packs: Sequence[Pack] = prepared.packs
+        idle = [idle_pack()] * (self._most(len(packs)) - len(packs))
         while True:
             try:
                 nll, grad_norm = compute_gradient(
-                    self.model, packs, self.optimizer, self.max_grad_norm, ranks=self.ranks, num_tokens=weight
+                    self.model, [*packs, *idle], self.optimizer, self.max_grad_norm, ranks=self.ranks, num_tokens=weight
                 )
             except (MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
+                if not is_out_of_memory(error) or self.model.sharded:
                     raise
                 failure = first_line(error)
             else:
@@ -173,6 +174,11 @@ class _Fitting:
             # Nothing was exchanged yet: the others wait for this rank's part.
             self._make_smaller(step, max(pack.num_nodes for pack in packs), prepared.own, failure)
             packs = _packs_of(prepared.own, self.pack_tokens, share=self.model.shares)
+
+    def _most(self, num_packs: int) -> int:
+        """The packs of the rank that has most of them: with sharded weights, all make the same forwards."""
+        counts = self.ranks.gather(np.array([float(num_packs)])) if self.model.sharded else [[num_packs]]
+        return max(int(count[0]) for count in counts)
 
     def _make_smaller(self, step: int, largest: int, examples: Sequence[Example], failure: str) -> None:
         self.optimizer.zero_grad(set_to_none=True)

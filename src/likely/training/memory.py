@@ -12,10 +12,15 @@ from typing import Any, Literal
 import torch
 
 from likely.model.forward import LanguageModel
+from likely.model.load import Tuning, best_device
+from likely.model.place import Place, local_folder
+from likely.model.untrusted import check_model
 from likely.training.objective import CHUNK_LOGITS
 
 # Activations may take so much of what is free: the estimate is one, and other programs want memory too.
 SHARE = 0.5
+# Whole weights may take so much of it; the rest is for activations.
+ROOM_SHARE = 0.8
 # Of a chunk of logits on a GPU; and the most that one needs for matrix products at full speed.
 CHUNK_SHARE, LARGEST_CHUNK = 0.05, 1 << 28
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of mallopt(3)
@@ -36,6 +41,19 @@ def free_bytes(device: torch.device) -> int | None:
     return min(found) if found else None
 
 
+def fits(place: Place, tuning: Tuning, sharers: int) -> bool:
+    """Whether a process has room for all weights of a model in float32, and the gradient and AdamW's two averages of
+    what is trained, where so many processes share the host's memory."""
+    device = best_device()
+    free = free_bytes(device)
+    if free is None:
+        return True
+    if device.type == "cpu":
+        free //= sharers
+    numbers = sum(t.num_elements for t in check_model(local_folder(place.weights, with_weights=True)).values())
+    return (16 if tuning.lora_rank is None else 4) * numbers <= ROOM_SHARE * free
+
+
 def choose_room(model: LanguageModel, checkpointing: Literal["auto", "none", "full"], sharers: int = 1) -> int | None:
     """Bytes that the activations of a model whose weights are loaded may take; None for no limit. ``auto`` is a share
     of what is free when the gradient, AdamW's two averages, casts of the weights and a chunk of logits have theirs."""
@@ -45,9 +63,10 @@ def choose_room(model: LanguageModel, checkpointing: Literal["auto", "none", "fu
     if model.device.type == "cpu":
         free //= sharers
     parameters = list(model.network.parameters())
-    trained = 12 * sum(p.numel() for p in parameters if p.requires_grad)
+    shards = sharers if model.sharded else 1  # of the ranks on other hosts, nothing is known here
+    trained = 12 * sum(p.numel() for p in parameters if p.requires_grad) // shards
     narrow = torch.finfo(model.compute_dtype).bits // 8
-    casts = narrow * sum(p.numel() for p in parameters) if narrow < 4 else 0
+    casts = narrow * sum(p.numel() for p in parameters) if narrow < 4 and not model.sharded else 0
     chunk = 3 * 4 * (model.chunk_logits or CHUNK_LOGITS)
     return max(0, int(SHARE * (free - trained - casts - chunk)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,10 @@ def nll_sum(model: LanguageModel, pack: Pack) -> Tensor:
 
     A pack without edges gives a zero that stays in the graph.
     """
+    return model.gathered(partial(_nll_sum, model, pack))
+
+
+def _nll_sum(model: LanguageModel, pack: Pack) -> Tensor:
     edges = _Edges.of(pack, model.device, model.chunk_logits)
     head = model.head
     loss: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]
@@ -59,6 +64,16 @@ def score_edges(model: LanguageModel, pack: Pack) -> EdgeScores:
         NonFiniteError: some log-probability is NaN or infinite, which no sum over examples would show.
     """
     edges = _Edges.of(pack, model.device)
+    result = model.gathered(partial(_scored, model, pack, edges)).cpu().numpy()
+    if not np.isfinite(result[0]).all():
+        raise NonFiniteError(f"{model.name} gives log-probabilities that are not finite", way_out="look at its weights")
+    restored = np.empty_like(result)
+    restored[:, edges.order_E] = result
+    return EdgeScores(*restored)
+
+
+def _scored(model: LanguageModel, pack: Pack, edges: _Edges) -> Tensor:
+    """The columns of an EdgeScores (5, E), in the order of the sorted edges."""
     hidden_SD = model.hidden_at(pack, edges.source_S)
     columns: list[Tensor] = []
     # Log-probabilities, probabilities, their product and the comparison for the rank are there at once.
@@ -69,12 +84,7 @@ def score_edges(model: LanguageModel, pack: Pack) -> EdgeScores:
         entropy = -(logp.exp() * logp.clamp_min(torch.finfo(logp.dtype).min)).sum(-1)[some.row_E]
         best_logp, best = (values[some.row_E].double() for values in logp.max(-1))
         columns.append(torch.stack([gold.double(), rank_E.double(), entropy.double(), best, best_logp]))
-    result = torch.cat(columns, dim=1).cpu().numpy() if columns else np.empty((5, 0))
-    if not np.isfinite(result[0]).all():
-        raise NonFiniteError(f"{model.name} gives log-probabilities that are not finite", way_out="look at its weights")
-    restored = np.empty_like(result)
-    restored[:, edges.order_E] = result
-    return EdgeScores(*restored)
+    return torch.cat(columns, dim=1) if columns else torch.empty((5, 0), dtype=torch.float64)
 
 
 @dataclass(frozen=True)

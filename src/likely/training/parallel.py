@@ -24,14 +24,18 @@ from torch import Tensor
 
 from likely import errors, launched, stops
 from likely.errors import ConfigError, LikelyError, ResourceError, first_line
-from likely.training.signs import UNREACHABLE, Signs, Store
+from likely.training.meeting import SILENCE, TIMEOUT, choose_device, open_store, seconds_of
+from likely.training.signs import UNREACHABLE, Signs
 from likely.types import FloatArray
 
-TIMEOUT, SILENCE = "LIKELY_TIMEOUT", "LIKELY_SILENCE"  # names in the environment, of seconds
-SECONDS = {TIMEOUT: 1800.0, SILENCE: 60.0}
 BUCKET = 1 << 24  # numbers of small gradients that are summed at once: 64 MiB in float32
 Result = TypeVar("Result")
+POLL, NOT_YET = timedelta(seconds=0.5), "Operation timed out"  # torch's words where a wait was too short
 _agreed = "_agreed"  # the attribute of an exception that all ranks have heard of
+
+
+class CalledAwayError(Exception):
+    """Another rank failed, and will not come to the exchange that this one waits in."""
 
 
 class Ranks:
@@ -49,6 +53,7 @@ class Ranks:
         self._signs: Signs | None = None
         self._lost: ResourceError | None = None
         self._waiting = False
+        self._inner: Any = None
 
     @property
     def first(self) -> bool:
@@ -67,8 +72,8 @@ class Ranks:
         """
         timeout = timedelta(seconds=seconds_of(TIMEOUT))
         try:
-            backend = _choose_device(place)
-            store, of_signs = (_store(place, timeout, name) for name in ("ranks", "signs"))
+            backend = choose_device(place)
+            store, of_signs = (open_store(place, timeout, name) for name in ("ranks", "signs"))
             dist.init_process_group(
                 backend, store=cast(Any, store), rank=self.rank, world_size=self.world_size, timeout=timeout
             )
@@ -109,8 +114,11 @@ class Ranks:
             self._agree(error)
 
     def _agree(self, error: BaseException | None) -> None:
-        # The lowest rank that is not well speaks for all.
-        status = torch.tensor([0 if error is None else self.world_size - self.rank])
+        # The lowest rank that failed by itself speaks for all; those that were called away count less.
+        own = error is not None and not isinstance(error, CalledAwayError)
+        if own and self._inner is not None and self._signs is not None:
+            self._signs.tell_failure()
+        status = torch.tensor([0 if error is None else (1 + own) * self.world_size - self.rank])
         try:
             self._exchange(lambda: dist.all_reduce(status, dist.ReduceOp.MAX))
         except ResourceError as lost:
@@ -119,7 +127,7 @@ class Ranks:
             raise lost from error
         if not int(status):
             return
-        speaker = self.world_size - int(status)
+        speaker = -int(status) % self.world_size
         told = self._spread(_told(error) if error is not None else None, speaker)
         if speaker == self.rank and error is not None:
             raise _heard(error)
@@ -134,6 +142,10 @@ class Ranks:
             self._agree(None)
             self._exchange(lambda: dist.all_reduce(total))
         return total.numpy()
+
+    def all_of(self, true: bool) -> bool:
+        """Whether it is true of all ranks."""
+        return bool(self.all_sum(np.array([float(true)]))[0] == self.world_size)
 
     def first_says(self, value: Any) -> Any:
         """The first rank's value, which is made of what JSON knows; those of the others are not looked at."""
@@ -183,6 +195,39 @@ class Ranks:
         result = load() if self.local_rank == 0 else None
         self.agree()
         return result if result is not None else load()
+
+    def gather_to(self, reader: int, values: Tensor) -> list[Tensor] | None:
+        """The tensors of all ranks, which have one shape, on one of them; the caller has agreed that all is well."""
+        parts = [torch.empty_like(values) for _ in range(self.world_size)] if self.rank == reader else None
+        self._exchange(lambda: dist.gather(values, parts, reader))
+        return parts
+
+    def inner_group(self) -> Any:
+        """The process group of exchanges in the middle of a forward or a backward, which end unfinished if a rank
+        fails, and must not stand in the way of the others then."""
+        if self._inner is None:
+            self._inner = dist.new_group(timeout=timedelta(seconds=seconds_of(TIMEOUT)))
+        return self._inner
+
+    def exchange_inside(self, start: Callable[[], Any]) -> None:
+        """An exchange over the inner group, where nobody was asked before whether he is well.
+
+        Raises:
+            CalledAwayError: a rank has failed meanwhile.
+            ResourceError: one has gone.
+        """
+        self._exchange(lambda: self._await(start()))
+
+    def _await(self, work: Any) -> None:
+        while True:
+            try:
+                work.wait(POLL)
+                return
+            except RuntimeError as error:
+                if work.is_completed() or NOT_YET not in str(error):
+                    raise
+            if self._signs is not None and self._signs.failed:
+                raise CalledAwayError
 
     def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Add up each gradient over all ranks, in place and in float32 or wider: plain sums, since every rank has
@@ -305,53 +350,6 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return int(getattr(error, "exit_code", LikelyError.exit_code))
-
-
-def seconds_of(name: str) -> float:
-    """A time from the environment.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    text = os.environ.get(name) or SECONDS[name]
-    try:
-        if 0 < float(text) < 1e7:
-            return float(text)
-    except ValueError:
-        pass
-    raise ConfigError(f"{name} is {text!r}", way_out="give it a number of seconds")
-
-
-def _choose_device(place: launched.Place) -> str:
-    """This rank's GPU, if there are any, and the backends."""
-    if not torch.cuda.is_available():
-        return "gloo"
-    if place.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"{place.local_world_size} processes on this host and {torch.cuda.device_count()} GPUs",
-            way_out="start one process for each GPU",
-        )
-    torch.cuda.set_device(place.local_rank)
-    return "cpu:gloo,cuda:nccl"
-
-
-_joins = 0
-_served: dict[tuple[str, int], Store] = {}  # for as long as the process lives: others may come back to it first
-
-
-def _store(place: launched.Place, timeout: timedelta, name: str) -> Store:
-    """The launcher's key-value store, or where there is none that of the first rank; each use has its own connection,
-    and each run and restart its own keys."""
-    global _joins  # noqa: PLW0603
-    torch_stores: Any = dist  # whose type hints leave these out
-    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    connect = partial(torch_stores.TCPStore, *address, place.world_size, timeout=timeout, wait_for_workers=False)
-    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if place.rank == 0 and not hosted and address not in _served:
-        _served[address] = connect(is_master=True)
-    _joins += name == "ranks"
-    prefixed: Store = torch_stores.PrefixStore(f"likely/{place.restarts}/{_joins}/{name}", connect(is_master=False))
-    return prefixed
 
 
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -12,12 +12,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 BEAT = 0.5  # seconds
 BEATS_TO_TELL = 6  # a process whose counter stands still for so long, when a connection was closed, is the one
 PATIENCE = 10.0  # seconds for the main thread to end by itself once it is known who has gone
-LOST = "lost"
+LOST, FAILED = "lost", "failed"
 UNREACHABLE = "the launcher's store can't be reached: whoever serves it has ended, or its host is cut off"
 
 
@@ -45,6 +46,7 @@ class Signs:
         self._silence, self._abandon = silence, abandon
         self.arrived = 0  # exchanges that this rank has come to
         self.lost: str | None = None
+        self.failed = False  # some rank has said so, and waits for the others to hear why
         self._passes = 0
         self._stopped = threading.Event()
         store.set(f"who/{rank}", f"rank {rank} (pid {os.getpid()} on {socket.gethostname()})")
@@ -60,6 +62,11 @@ class Signs:
         self._stopped.set()
         for thread in self._threads:
             thread.join(2 * BEAT)
+
+    def tell_failure(self) -> None:
+        """Call the others away from an exchange that this rank will not come to."""
+        with suppress(RuntimeError):
+            self._store.set(FAILED, str(self._rank))
 
     def who_has_gone(self) -> str | None:
         """Which rank ended, stands still or is behind, now that an exchange failed; None where nothing tells."""
@@ -99,6 +106,7 @@ class Signs:
                 seen = value
                 if still * BEAT > self._silence:
                     self._accuse(watched, "gives no sign of life: its host is gone, or was cut off")
+                self.failed = self.failed or self._store.check([FAILED])
                 if self._store.check([LOST]):
                     self.lost = self._store.get(LOST).decode()
             except RuntimeError:  # its server has gone; where it is only cut off, the guard sees that nothing passes

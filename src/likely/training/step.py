@@ -12,6 +12,7 @@ from likely.errors import NonFiniteError
 from likely.model.forward import LanguageModel
 from likely.training.objective import nll_sum
 from likely.training.parallel import ALONE, Ranks
+from likely.training.sharding import local
 from likely.types import Pack
 
 
@@ -56,10 +57,13 @@ def compute_gradient(
             with torch.autocast(model.device.type, enabled=False):
                 (loss / num_tokens).backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-    if not ranks.alone:
-        total = _sum_over_ranks(model, total, ranks)
-    trainable = [p for p in model.network.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
+    if model.sharded:
+        total, norm = _clip_shards(model, total, max_grad_norm, ranks)
+    else:
+        if not ranks.alone:
+            total = _sum_over_ranks(model, total, ranks)
+        trainable = [p for p in model.network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.clip_grad_norm_(trainable, max_grad_norm)
     # The one place of a step where the host waits for the device: until here it only queues work.
     loss_sum, grad_norm = torch.stack([total, norm.to(total)]).tolist()
     nll = loss_sum / num_tokens if num_tokens else 0.0
@@ -79,6 +83,20 @@ def _sum_over_ranks(model: LanguageModel, total: torch.Tensor, ranks: Ranks) -> 
             parameter.grad = torch.zeros_like(parameter)
     ranks.sum_gradients([p.grad for p in used if p.grad is not None])
     return torch.tensor(summed[0], device=total.device)
+
+
+def _clip_shards(
+    model: LanguageModel, total: torch.Tensor, max_grad_norm: float, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The step's loss, and the norm of its gradient before each rank has clipped its rows."""
+    rows = [local(p.grad) for p in model.network.parameters() if p.grad is not None]
+    square = sum(float(torch.linalg.vector_norm(r, dtype=torch.float64)) ** 2 for r in rows)
+    loss, square = ranks.all_sum(np.array([float(total), square]))
+    norm = math.sqrt(square) if square >= 0 else math.nan
+    if norm > max_grad_norm:
+        for gradient in rows:
+            gradient.mul_(max_grad_norm / (norm + 1e-6))  # as torch's clip_grad_norm_
+    return torch.tensor(loss), torch.tensor(norm)
 
 
 def apply_gradient(optimizer: torch.optim.Optimizer) -> None:
