@@ -43,23 +43,53 @@ def test_shapes_are_those_of_the_models() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "gpus", "rows_a_gpu", "rate", "again", "published"),
+    ("shape", "gpus", "rows_a_gpu", "rate", "network", "again", "published"),
     [
         # TorchTitan, December 2024: 8 H100 of one host. Half of the layers are computed twice, 7/6 of the work: here,
         # where all or none are, the rate makes up for that.
-        (B8, 8, 2, H100_RATE * 8 / 7, "full", 6667),
+        (B8, 8, 2, H100_RATE * 8 / 7, 5e10, "full", 6667),
         # TorchTitan, 64 A100 with 25 GB/s each: the rate of an A100 is from 8B, the test is 70B.
-        (B8, 64, 1, 1.74e14 * 6 / 7, "none", 2904),
-        (B70, 64, 1, 1.74e14, "full", 331),
+        (B8, 64, 1, 1.74e14 * 6 / 7, 2.5e10, "none", 2904),
+        (B70, 64, 1, 1.74e14, 2.5e10, "full", 331),
+        # TorchTitan, December 2024, 128 H100 with 50 GB/s each: the rate is that of the first line.
+        (B8, 128, 2, H100_RATE * 8 / 7, 5e10, "full", 6514),
     ],
 )
 def test_tokens_per_second_that_others_have_published(
-    shape: Shape, gpus: int, rows_a_gpu: int, rate: float, again: str, published: float
+    shape: Shape, gpus: int, rows_a_gpu: int, rate: float, network: float, again: str, published: float
 ) -> None:
-    cluster = Cluster(gpus, memory=80e9, rate=rate, network=2.5e10)
+    cluster = Cluster(gpus, memory=80e9, rate=rate, network=network)
     told = plan(shape, whole_rows(rows_a_gpu * gpus, 8192), work(rows_a_gpu * gpus), cluster)
     assert (told["layout"], told["checkpointing"], told["fits"]) == ("sharded", again, True)
     assert told["distinct_tokens_per_second"] / gpus == pytest.approx(published, rel=0.25)
+
+
+# Operations per second of a GPU at FP8, from the first line.
+FP8_RATE = 7.8e14
+
+
+@pytest.mark.parametrize(
+    ("name", "tune", "published"), [("2-7B", "full", 16891), ("2-7B", "lora", 24824), ("2-13B", "lora", 14629)]
+)
+def test_fine_tuning_by_eight_gpus_that_others_have_published(name: str, tune: str, published: float) -> None:
+    """NeMo 24.12: 32 packed rows of 4,096 tokens a step, one at a time, nothing but data parallel."""
+    load, cluster = whole_rows(32, 4096), Cluster(8, memory=80e9, rate=FP8_RATE)
+    told = plan(scaling.llama(name), load, work(32, tune, 4096), cluster)
+    assert (told["checkpointing"], told["fits"]) == ("none", True)
+    assert told["distinct_tokens_per_second"] / 8 == pytest.approx(published, rel=0.25)
+
+
+def test_the_plan_of_this_machine_counts_cores_and_not_processes() -> None:
+    load = whole_rows(8, 200)
+    machines = {1: scaling.Machine(1e11, 0.0, 4e10), 2: scaling.Machine(8e10, 1e9, 3e10)}
+    two, four = (scaling.predict(B8, load, work(8), number, 1000.0, machines) for number in (2, 4))
+    alone = 1000.0 - 28 * B8.parameters / 4e10
+    assert two["compute"] == pytest.approx(alone / 2 / 0.8)
+    assert four["compute"] == pytest.approx(two["compute"])
+    assert two["communication"] == pytest.approx(4 * B8.parameters / 1e9)
+    assert four["communication"] == pytest.approx(3 * two["communication"])  # each sends half more at half the speed
+    assert four["update"] == pytest.approx(2 * two["update"])
+    assert two["update"] == pytest.approx(28 * B8.parameters / 3e10)
 
 
 def test_terms_in_closed_form() -> None:
