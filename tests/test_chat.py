@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig
 
 import likely
-from likely import stops
+from likely import converse, stops
 from likely.data.render import Renderer, load_tokenizer
 from likely.errors import ConfigError, DataError
 from likely.insight.conversation import harmless, likelihood_text
@@ -265,6 +265,27 @@ def test_one_object_a_line(say: Callable[..., Said]) -> None:
     assert [json.loads(line)["prompt"] for line in said.out.splitlines()] == ["Capital of France?", "Say hi."]
 
 
+def test_a_line_that_is_refused_has_its_object_too(say: Callable[..., Said], tmp_path: Path) -> None:
+    """One object a line, whatever becomes of it, so that answers and questions can be put side by side."""
+    lines = (
+        "Say hi.",
+        "/likelihood",
+        "a " * 600,
+        "/system Be kind.",
+        "/help",
+        f"/save {tmp_path}/a.csv",
+        "/none",
+        "Say hi.",
+    )
+    said = say(*lines, arguments=("--json", "--max-tokens", 4))
+    told = [json.loads(line) for line in said.out.splitlines()]
+    assert [one["prompt"].strip()[:8] for one in told] == ["Say hi.", "a a a a ", "Say hi."]
+    assert "context holds" in told[1]["error"]
+    assert "tuned" not in told[1]
+    assert told[0]["tuned"]["answer"]
+    assert "nats per token" in said.err
+
+
 def test_what_cannot_be_talked_with(likely_cli: Likely, run: str, tiny_model_dir: Path) -> None:  # noqa: F811
     assert_refused(likely_cli("chat", "nothing", "--prompt", "Hi"), 4, "nothing")
     assert_refused(likely_cli("chat", run, "--prompt", " "), 2, "empty")
@@ -307,12 +328,52 @@ def test_colours_and_symbols(run: str) -> None:
 
 def test_interrupts_are_forgiven_and_no_more() -> None:
     with stops.listening():
-        with stops.forgiving():
+        with stops.forgiving() as settle:
             for _ in range(3):
                 with pytest.raises(KeyboardInterrupt):
                     signal.raise_signal(signal.SIGINT)
+                settle(True)
         with pytest.raises(stops.Stopped):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_interrupt_waits_until_the_first_was_dealt_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    with stops.forgiving() as settle:
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # disturbs nothing
+        with pytest.raises(KeyboardInterrupt):
+            settle(True)
+        settle(True)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            settle(False)  # it was dropped on its way
+        settle(True)
+        settle(False)  # nothing came
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        monkeypatch.setattr(stops, "GRACE", 0.0)  # nobody has dealt with it: code of others may have swallowed it
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_two_interrupts_at_once_take_the_turn_back_and_end(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    voice = likely.chat(run=run, dtype="float32")
+    complaints: list[str] = []
+
+    def interrupted(_text: str) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    def complain(text: str) -> None:
+        signal.raise_signal(signal.SIGINT)  # the second one, in the middle of taking back
+        complaints.append(text)
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("Say hi.\nSay hi.\n"))
+    with stops.listening(), pytest.raises(KeyboardInterrupt):
+        converse.converse([voice], converse.Terminal(interrupted, complain, False, False), as_json=False)
+    assert complaints == ["stopped; this turn is taken back"]
+    assert voice.messages == []
 
 
 def test_a_stopped_answer_is_taken_back(run: str) -> None:
@@ -358,6 +419,7 @@ def test_in_a_terminal(run: str, tmp_path: Path) -> None:
         tmux("send-keys", "/reset", "Enter")
         tmux("send-keys", "Up", "Up", "Up", "Enter")  # the history
         wait_for("> Capital of France?\nParis.", times=2)
+        time.sleep(0.5)  # a person reads the answer before the next key
         tmux("send-keys", "C-c")
         wait_for("status 130")
     finally:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,10 @@ def answer_once(speaking: list[Voice], prompt: str, terminal: Terminal, *, as_js
 
 
 def converse(speaking: list[Voice], terminal: Terminal, *, as_json: bool) -> None:
-    """Answer line after line until the end of the input, ``/quit`` or Ctrl-C at the prompt."""
-    with stops.forgiving():
+    """Answer line after line until the end of the input, ``/quit`` or Ctrl-C at the prompt. As JSON every line but
+    a command gives one object on the output: an answer, or ``{"prompt", "error"}``; commands tell theirs beside it."""
+    commands = replace(terminal, write=terminal.complain) if as_json else terminal
+    with stops.forgiving() as settle:
         if terminal.live:
             terminal.write("Type a message, or /help.\n")
         for line in _lines(terminal):
@@ -114,21 +116,34 @@ def converse(speaking: list[Voice], terminal: Terminal, *, as_json: bool) -> Non
                 word, _, rest = line.partition(" ")
                 if word == "/quit":
                     return
-                _try(partial(_command, word, rest.strip(), speaking, terminal), terminal)
+                _try(partial(_command, word, rest.strip(), speaking, commands), terminal)
                 continue
             text = line.removeprefix("/") if line.startswith("//") else line
+            refused: str | None = "stopped; this turn is taken back"
+            stopped = False
             try:
-                _try(partial(_answer, speaking, text, terminal, as_json=as_json), terminal)
+                refused = _try(partial(_answer, speaking, text, terminal, as_json=as_json), terminal)
             except KeyboardInterrupt:
-                terminal.complain("stopped; this turn is taken back")
+                stopped = True
+                terminal.complain(str(refused))
+            if as_json and refused is not None:
+                terminal.write(_json({"prompt": text, "error": refused}))
+            settle(stopped)
 
 
-def _try(act: Callable[[], None], terminal: Terminal) -> None:
-    """Who talks goes on after a mistake."""
+def _try(act: Callable[[], None], terminal: Terminal) -> str | None:
+    """Who talks goes on after a mistake, which is told and returned."""
     try:
         act()
     except LikelyError as error:
         terminal.complain(f"error: {error}")
+        return str(error)
+    return None
+
+
+def _json(told: dict[str, Any]) -> str:
+    """One line; bytes that are no text were refused, and are shown by a sign."""
+    return json.dumps(told, ensure_ascii=False).encode("utf-8", "replace").decode() + "\n"
 
 
 def _lines(terminal: Terminal) -> Iterator[str]:
@@ -163,7 +178,7 @@ def _answer(speaking: list[Voice], text: str, terminal: Terminal, *, as_json: bo
         for voice in speaking:
             assert voice.last is not None  # noqa: S101
             told[voice.title] = voice.last.to_dict()
-        terminal.write(json.dumps(told, ensure_ascii=False) + "\n")
+        terminal.write(_json(told))
 
 
 def _show(voice: Voice, text: str, terminal: Terminal, *, named: bool, silent: bool) -> None:

@@ -8,17 +8,20 @@ backward pass of a minute, can't see a signal; a second thread waits ``PATIENCE`
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 PATIENCE = 3.0  # seconds
+GRACE = 1.0  # seconds in which a person's impatient second Ctrl-C waits for the first
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -132,16 +135,40 @@ def rescuing(rescue: Callable[[], None]) -> Iterator[None]:
 
 
 @contextmanager
-def forgiving() -> Iterator[None]:
-    """Inside, SIGINT is a KeyboardInterrupt, each time anew, and nothing more: who talks with a person stops what is
-    being said at the first, and decides what the next one means."""
+def forgiving() -> Iterator[Callable[[bool], None]]:
+    """Inside, SIGINT is a KeyboardInterrupt and nothing more: who talks with a person stops what is being said at the
+    first, and decides what the next one means.
+
+    Yields:
+        ``settle(caught)``, to be called when one was dealt with, and after whatever could have been interrupted. A
+        second one that came meanwhile did not disturb that, and is raised by it; so is one that was raised and not
+        ``caught``, since it came while a generator was closed or in other places where Python drops it. After ``GRACE``
+        seconds without it the next one is raised at once.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield lambda caught: None  # noqa: ARG005
         return
+    raised_at, waiting = -math.inf, False
+
+    def interrupt(_signum: int = signal.SIGINT, _frame: FrameType | None = None) -> None:
+        nonlocal raised_at, waiting
+        if time.monotonic() - raised_at < GRACE:
+            waiting = True
+            return
+        raised_at, waiting = time.monotonic(), False
+        raise KeyboardInterrupt
+
+    def settle(caught: bool) -> None:
+        nonlocal raised_at
+        lost = waiting or (raised_at > -math.inf and not caught)
+        raised_at = -math.inf
+        if lost:
+            interrupt()
+
     wakeup = signal.set_wakeup_fd(-1)  # the watcher counts signals
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        yield settle
     finally:
         signal.signal(signal.SIGINT, before)
         signal.set_wakeup_fd(wakeup)
