@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 
+import likely
 from likely import cli, launched
 from likely.errors import ConfigError
+from likely.training import launch
 from likely.training.checkpoint import saved_steps
 from several import Ended, together
 
@@ -209,6 +211,33 @@ def test_a_curve_is_that_of_one_process(tiny_model_dir: Path, tmp_path: Path) ->
     for here, there in zip(*(curve["points"] for curve in found), strict=True):
         assert here["nll"] == pytest.approx(there["nll"], rel=1e-6)
         assert here["steps"] == there["steps"] == 3
+
+
+@pytest.mark.parametrize("verb", ["train", "evaluate", "score", "curve"])
+def test_verbs_that_several_processes_share(
+    flags: list[str], tiny_model_dir: Path, tmp_path: Path, monkeypatch: Any, verb: str
+) -> None:
+    """Typed, ``nproc`` starts them; from Python, where nothing can be started, it is refused."""
+    data, model = flags[flags.index("--data") + 1], str(tiny_model_dir)
+    output = str(tmp_path / "output")
+    given = {"model": model, "output": output} | ({"data": data} if verb in {"train", "curve"} else {})
+    arguments = [verb, *(part for key, value in given.items() for part in (f"--{key}", value)), "--nproc", "2"]
+    arguments += [] if "data" in given else [data]
+    if verb == "evaluate":
+        arguments = [word for word in arguments if word not in {"--output", output}]
+    started: list[Any] = []
+    monkeypatch.setattr(launch, "run_on_this_machine", lambda nproc, words: started.append((nproc, words)))
+    monkeypatch.setattr(sys, "argv", ["likely", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code or 0, started) == (0, [(2, arguments)])
+    call = getattr(likely, verb)
+    given |= {"data": data} | ({"eval_share": 0.5, "steps": 1} if verb == "curve" else {})
+    if verb in {"evaluate", "score"}:
+        del given["output"]
+    with pytest.raises(ConfigError, match="nproc is 2, and 1 processes were started"):
+        list(call(**given, nproc=2))
+    assert not (tmp_path / "output").exists()
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,7 @@ def evaluate(settings: dict[str, Any], data: Data, as_json: Json = False) -> Non
 def curve(settings: dict[str, Any], as_json: Json = False) -> None:
     """Train on growing shares of the data, and tell what twice as much would bring."""
     asked = make_settings(CurveSettings, stored_values(settings))
+    _in_processes(asked.nproc)
     from likely import learning_curve
     from likely.insight.curve_page import to_text
     from likely.training.log import Display

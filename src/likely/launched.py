@@ -68,5 +68,5 @@ def require(nproc: int | None) -> None:
     if nproc not in {None, started}:
         raise ConfigError(
             f"nproc is {nproc}, and {started} processes were started on this machine",
-            way_out="start them by likely train --nproc, or by torchrun without it",
+            way_out="start them by --nproc on the command line, or by torchrun without it",
         )

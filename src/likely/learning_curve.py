@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from likely import manifest, provenance, run_folder, stops, storage
+from likely import launched, manifest, provenance, run_folder, stops, storage
 from likely.config import to_yaml
 from likely.data.dataset import Dataset
 from likely.data.families import families, nested_rows
@@ -107,6 +107,7 @@ def curve(settings: CurveSettings, display: Display) -> Curve:
         Stopped: by a signal.
     """
     with stops.listening(), joined() as ranks:
+        launched.require(settings.nproc)
         resume = settings.resume is not None or ranks.restarted
         claiming = run_folder.claimed(settings.output, resume=resume, layout=run_folder.CURVE, first=ranks.first)
         with claiming as claim, claim.explaining():
@@ -136,7 +137,7 @@ def _begin(settings: CurveSettings, claim: run_folder.Claim, display: Display, r
     sources |= {"versions": provenance.versions(), "device": provenance.device_name(models.best_device())}
     about = {"config": inputs.config.model_dump(), "fingerprints": provenance.fingerprints(sources)}
     shared = [key for key in type(settings).model_fields if key in type(inputs.config).model_fields]
-    chosen = {**{key: getattr(inputs.config, key) for key in shared}, "resume": None}
+    chosen = {**{key: getattr(inputs.config, key) for key in shared}, "resume": None, "nproc": None}
     job = _Job(settings, inputs, inputs.eval_data, claim, display, about, ranks)
     ranks.require_same("the settings or the data", inputs.identity())
     if not ranks.first:

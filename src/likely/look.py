@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from likely import outcome
+from likely import launched, outcome
 from likely.data.cache import load_kept
 from likely.data.dataset import Dataset, Request
 from likely.data.formats import read_options
@@ -65,6 +65,7 @@ def score(data: str, asked: LookSettings, display: Display, *, beside: Path | No
         null where nothing predicts the token, and where there is no base.
     """
     with joined() as ranks:
+        launched.require(asked.nproc)
         reading = _read(data, asked, display, ranks, keep_unweighted=True)
         yield from _records(reading, asked, display, beside, ranks)
 
@@ -141,6 +142,7 @@ def _logged(
 def evaluate(data: str, asked: EvaluateSettings, display: Display) -> dict[str, Any]:
     """Held-out figures of a model, of its base on the same examples, and their difference with paired intervals."""
     with joined() as ranks:
+        launched.require(asked.nproc)
         return _evaluate(data, asked, display, ranks)
 
 

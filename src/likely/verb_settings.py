@@ -179,7 +179,8 @@ class ChatSettings(BaseModel):
 
 
 class CurveSettings(BaseModel):
-    """What ``likely curve`` is asked. All but ``seeds``, ``shares`` and ``resume`` is a setting of each training."""
+    """What ``likely curve`` is asked. All but ``seeds``, ``shares``, ``resume`` and ``nproc`` is a setting of each
+    training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -223,6 +224,7 @@ class CurveSettings(BaseModel):
         None, description="judge each training by its best evaluation; stop it after so many without a better one"
     )
     resume: Literal["newest"] | None = Field(None, description="go on with the trainings that are done in --output")
+    nproc: PositiveInt | None = _as_in_training("nproc")
 
     @model_validator(mode="after")
     def _enough_to_compare(self) -> CurveSettings:
@@ -256,5 +258,5 @@ class CurveSettings(BaseModel):
         Raises:
             ConfigError: the settings don't go together.
         """
-        own = {"seeds", "shares", "resume"}
+        own = {"seeds", "shares", "resume", "nproc"}
         return make_config({key: value for key, value in self.model_dump(exclude_unset=True).items() if key not in own})
