@@ -5,9 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,8 @@ import pytest
 
 from likely import storage
 from likely.errors import ConfigError, LockedError
-from likely.web import runs, tail
+from likely.web import app, runs, tail
+from likely.web.app import _News
 from likely.web.runs import Run, Shelf, holder
 from likely.web.tail import Tail
 
@@ -102,6 +105,51 @@ def test_many_steps_become_means_of_several(tmp_path: Path, monkeypatch: pytest.
     assert told["steps"]["step"][0] == 3
     assert told["steps"]["step"][-1] == 25
     assert found.since(0, None)["every"] == 1
+
+
+def test_evaluations_are_thinned_and_what_was_left_out_is_not_all_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "MAX_POINTS", 10)
+    monkeypatch.setattr(tail, "MOST_SKIPPED", 5)
+    path = tmp_path / "metrics.jsonl"
+    write(path, "".join(json.dumps({"step": i, "evaluation": {"nll": i / 2}}) + "\n" for i in range(1, 26)))
+    write(path, "".join(json.dumps({"step": i, "skipped": "nan"}) + "\n" for i in range(26, 40)))
+    found = Tail(path)
+    found.refresh()
+    told = found.since(0, None, thin=True)
+    assert [each["step"] for each in told["evaluations"]] == [3, 6, 9, 12, 15, 18, 21, 24, 25]
+    assert told["evaluations"][-1] == {"step": 25, "nll": 12.5, "low": None, "high": None}
+    assert [each["step"] for each in told["skipped"]] == [35, 36, 37, 38, 39]
+    assert found.last_step == 39
+
+
+def test_a_long_run_takes_little_memory(tmp_path: Path) -> None:
+    """Eight numbers and a line's own: 72 bytes a step, and room for the arrays to grow."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, "".join(line(i, i / 7) for i in range(20_000)))
+    found = Tail(path)
+    tracemalloc.start()
+    found.refresh()
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert taken < 20_000 * 130
+
+
+def test_a_page_that_is_far_behind_is_told_to_ask_for_all_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "MAX_POINTS", 3)
+    run = Run(make_run(tmp_path / "run"))
+    news = _News(run, 0, 0)
+    assert [name for name, _ in news._news()] == ["state"]
+    write(run.folder / "metrics.jsonl", "".join(map(line, range(1, 4))))
+    ((name, told), _) = news._news()
+    assert (name, told["steps"]["step"]) == ("metrics", [1, 2, 3])
+    write(run.folder / "metrics.jsonl", "".join(map(line, range(4, 9))))
+    assert news._news()[0] == ("reset", {"generation": 0})
+    write(run.folder / "metrics.jsonl", line(9))
+    assert news._news()[0][1]["steps"]["step"] == [9]
 
 
 def make_run(folder: Path, **origins: Any) -> Path:
@@ -232,6 +280,15 @@ def test_runs_that_are_gone_leave_their_place_and_one_that_is_hidden_hides_no_ot
 
     monkeypatch.setattr(Path, "is_file", refusing)
     assert [run.folder.name for run in shelf.runs()] == ["4"]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    places = [make_run(tmp_path / name) for name in ("a/x/run", "b/x/run", "b/y/run", "b/y/other")]
+    shelf = Shelf(places)
+    assert [run.entry()["name"] for run in shelf.runs()] == ["a/x/run", "b/x/run", "b/y/run", "other"]
+    for place in places[1:3]:
+        shutil.rmtree(place)
+    assert [run.entry()["name"] for run in shelf.runs()] == ["run", "other"]
 
 
 def test_runs_come_up_and_states_are_named(tmp_path: Path) -> None:

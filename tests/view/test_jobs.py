@@ -157,6 +157,35 @@ def test_the_queue_is_bounded_and_old_jobs_are_forgotten(monkeypatch: pytest.Mon
     with_lane(work)
 
 
+def test_answers_are_remembered_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def work(lane: Lane) -> None:
+        old = await over(lane.submit(ask("a" * 50, key="a")))
+        monkeypatch.setattr(jobs, "MAX_KEPT", 3 * len(old.text))
+        new = [await over(lane.submit(ask("b" * 50, key=str(i)))) for i in range(3)]
+        assert [job["id"] for job in lane.all_told()["jobs"]] == [job.id for job in new]
+        with pytest.raises(RefusedError):
+            lane.find(old.id)
+        assert lane.submit(ask("b" * 50, key="2")).state == "done"
+        assert lane.submit(ask("a" * 50, key="a")).state == "waiting"  # and no longer in the cache
+        large = await over(lane.submit(ask("c" * 500)))  # more than all may have: nothing beside it
+        assert large.result["do"] == "c" * 500
+        assert [job["id"] for job in lane.all_told()["jobs"]] == [large.id]
+
+    with_lane(work)
+
+
+def test_long_work_is_not_done_twice_at_once() -> None:
+    async def work(lane: Lane) -> None:
+        first = lane.submit(ask("sleep", kind="score", run="r"))
+        assert lane.submit(ask("sleep", kind="score", run="r")) is first
+        assert lane.submit(ask("sleep", kind="check", run="r")) is not first
+        assert lane.told(first)["run"] == "r"
+        lane.cancel(first)
+        assert lane.submit(ask("sleep", kind="score", run="r")) is not first
+
+    with_lane(work)
+
+
 def test_the_end_of_the_server_ends_the_worker() -> None:
     async def work(lane: Lane) -> None:
         job = lane.submit(ask("a"))

@@ -73,6 +73,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = []
     for row, length in enumerate([LONG, *[3] * 120]):
         tokens = [_token(i + 19 if length == 3 else i) for i in range(length)]
+        tokens[1]["text"] += "W" * 300 * (row == 119)
         facts = {"source": f"{HOSTILE}:{row + 1}", "nll_nats": float(row), "num_tokens": 1.0, "base_nll_nats": 60.0}
         rows.append(json.dumps(facts | {"tokens": tokens}) + "\n")
     path.write_text("".join(rows), encoding="utf-8")
@@ -186,6 +187,28 @@ def test_a_server_that_is_gone_and_a_page_that_is_not_there_are_told(visit: Open
     page.wait_for_selector("text=does not answer")
 
 
+@pytest.mark.parametrize("what", ["an answer", "a module"])
+def test_a_page_that_breaks_says_so_and_shows_a_way_out(visit: Open, run_id: str, what: str) -> None:
+    visited = visit(f"/run/{run_id}/try")
+    page = visited.page
+    if what == "an answer":
+        page.route(f"**/api/runs/{run_id}/metrics", lambda route: route.fulfill(json=[]))
+        page.evaluate(f"location.hash = '#/run/{run_id}'")
+        page.wait_for_selector("h1:text('shown')")
+    else:
+        page.route("**/js/scatter.js", lambda route: route.abort())
+        page.reload()
+    page.wait_for_selector("#broken:not([hidden])")
+    assert page.inner_text("#broken").startswith("This page broke.")
+    assert "Error" in page.inner_text("#broken") or "main.js" in page.inner_text("#broken")
+    if what == "an answer":
+        visited.assert_accessible()
+    page.unroute_all()
+    page.locator("#broken a").click()
+    page.wait_for_selector(WHOLE)
+    assert page.locator("#broken").is_hidden()
+
+
 # --- the run ---
 
 
@@ -278,6 +301,9 @@ def test_rows_are_sorted_filtered_and_found_again_by_their_address(visit_other: 
     page = visited.page
     page.wait_for_selector("tr[data-id]")
     assert page.locator("th[aria-sort]").inner_text().startswith("Change")
+    page.set_viewport_size({"width": 1280, "height": 900})
+    assert "WWWW" in page.inner_text(".rows")  # a word without an end pushes no number out of sight
+    assert page.evaluate("(e => e.scrollWidth - e.clientWidth)(document.querySelector('.list .scroll'))") <= 0
     page.locator("[data-sort=nll_tuned]").press("Enter")
     page.wait_for_selector("th[aria-sort=descending] [data-sort=nll_tuned]")
     assert page.evaluate("document.activeElement.dataset.sort") == "nll_tuned"
@@ -471,13 +497,51 @@ def test_a_wait_tells_its_place_and_can_be_cancelled(visit: Open, run_id: str) -
     assert "DELETE" in asked
 
 
+@pytest.mark.parametrize(("place", "start"), [("examples", "Score the held-out rows"), ("data", "Check the data")])
+def test_long_work_goes_on_without_its_page_and_can_be_cancelled(
+    visit: Open, run_id: str, place: str, start: str
+) -> None:
+    """The server's words are the test's, so that nothing is timed."""
+    page = visit(f"/run/{run_id}/try").page
+    asked: list[str] = []
+    state = "running"
+
+    def answer(route: Any) -> None:
+        nonlocal state
+        asked.append(route.request.method)
+        state = "cancelled" if asked[-1] == "DELETE" else "running" if asked[-1] == "POST" else state
+        kind = "score" if place == "examples" else "check"
+        job = {"id": "j", "kind": kind, "run": run_id, "state": state, "title": "rows", "done": 1, "total": 9}
+        listed = [job] if "POST" in asked else []
+        route.fulfill(status=200, json={**job, "job": "j", "jobs": listed, "ahead": 0, "seconds": 3})
+
+    def without_scores(route: Any) -> None:
+        route.fulfill(json={**route.fetch().json(), "scores": []})
+
+    page.route("**/api/jobs**", answer)
+    page.route("**/api/jobs/**", answer)
+    page.route(f"**/api/runs/{run_id}", without_scores)
+    page.evaluate(f"location.hash = '#/run/{run_id}/{place}'")
+    page.get_by_role("button", name=start).click()
+    page.wait_for_selector("text=rows, 1 of 9")
+    page.evaluate(f"location.hash = '#/run/{run_id}/try'")
+    page.wait_for_selector("h1:text('Try it')")
+    page.evaluate(f"location.hash = '#/run/{run_id}/{place}'")
+    page.wait_for_selector("text=rows, 1 of 9")
+    assert "DELETE" not in asked
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_role("button", name=start).wait_for()
+    assert asked.count("POST") == 1
+    assert asked.count("DELETE") == 1
+
+
 # --- the data ---
 
 
 def test_the_data_page_shows_the_mask_of_any_row(visit: Open, run_id: str) -> None:
     visited = visit(f"/run/{run_id}/data", color_scheme="dark", width=390)
     page = visited.page
-    page.get_by_role("button", name="Check the data").click()
+    page.get_by_role("button", name=re.compile("^Check (the data|again)$")).click()
     page.wait_for_selector("h2:text('Lengths')")
     assert "can be trained on exactly as shown" in page.inner_text(".verdict-words")
     page.get_by_label("Row at line").fill("3")

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,11 @@ def test_a_row_is_found_again_in_its_file(table: Table, records: list[dict[str, 
         for (place, _, record), original in zip(read_records(path), records, strict=True):
             assert record == original
             assert record_at(path, place) == original
+        place, _, _ = next(read_records(path))
+        with pytest.raises(DataError, match="a row of over 0 MB"):
+            record_at(path, place, 20)
+    with pytest.raises(DataError, match="no such row"):
+        record_at(tmp_path / "s.parquet", len(records))
 
 
 def test_the_sample_is_even_and_the_same_every_time(table: Table, records: list[dict[str, Any]]) -> None:
@@ -195,6 +201,30 @@ def test_the_sample_is_even_and_the_same_every_time(table: Table, records: list[
     assert sample["id"][-1] == known[-1]
     assert sample == table.scatter(Filter(), 50)
     assert table.scatter(Filter(text="not there"), 50) == {"id": [], "base": [], "tuned": [], "of": 0}
+
+
+def test_names_of_many_files_are_not_all_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    rng = random.Random(0)  # noqa: S311
+    names = [f"{'x' * 5000 if i == 3 else 'data'}-{i}.jsonl" for i in range(150)]
+    rows = [make_record(i, rng) | {"source": f"{name}:1"} for i, name in enumerate(names)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = Table(build_index(path, lambda *_: None))
+    assert [each["name"] for each in table.facts["sources"][98:]] == ["data-98.jsonl", "data-99.jsonl"]
+    assert [row["source"] for row in table.rows([149, 0])] == ["data-149.jsonl:1", "data-0.jsonl:1"]
+    assert table.rows([3])[0]["source"] == f"{names[3][-4096:]}:1"
+    assert table.count(Filter(source=149)) == 1
+
+
+def test_a_text_that_is_cut_begins_with_a_word() -> None:
+    record = make_record(1, random.Random(0))  # noqa: S311
+    record["tokens"] = [
+        {"id": 0, "text": " word", "role": "user", "weight": 0.0, "logprob": None, "rank": 1, "entropy": 0.0}
+    ] * 60 + [{"id": 0, "text": "yes", "role": "assistant", "weight": 1.0, "logprob": -1.0, "rank": 1, "entropy": 0.0}]
+    text = facts_of(record)["text"]
+    assert re.fullmatch(r"…(word )+word … yes", text)
+    record["tokens"] = record["tokens"][-3:]
+    assert facts_of(record)["text"] == " word word … yes"
 
 
 def test_csv_holds_the_filtered_rows_and_no_formula(table: Table, records: list[dict[str, Any]]) -> None:

@@ -162,6 +162,7 @@ def test_held_out_rows_are_scored_into_the_viewers_own_folder(
     name = result_of(viewer, kind="score", run=run_id)["set"]
     told = viewer.ready(name)
     assert (told["state"], told["rows"], told["has_base"]) == ("ready", len(HELD_OUT), True)
+    assert told["name"] == "held-out rows of run"
     assert name in [each["id"] for each in viewer.json(f"/api/runs/{run_id}")["scores"]]
     for i, record in enumerate(records):
         example = viewer.json(f"/api/scores/{name}/rows/{i}")

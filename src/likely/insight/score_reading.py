@@ -11,6 +11,7 @@ from likely.errors import DataError
 
 MAX_LINE = 256 << 20  # bytes: a record of 16,000 tokens has about 3 MB
 FIRST_BYTES = 1 << 16
+ROWS_AT_ONCE = 16  # of a Parquet file
 
 
 def is_parquet(path: Path) -> bool:
@@ -52,23 +53,26 @@ def read_records(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
             place = done
 
 
-def record_at(path: Path, place: int) -> dict[str, Any]:
+def record_at(path: Path, place: int, most: int = MAX_LINE) -> dict[str, Any]:
     """The record at a place.
 
+    Args:
+        most: bytes that it may have.
+
     Raises:
-        DataError: there is none.
+        DataError: there is none, or it is longer.
         OSError: the file can't be read.
     """
     if is_parquet(path):
-        return _parquet_at(path, place)
+        return _parquet_at(path, place, most)
     with path.open("rb") as file:
         file.seek(place)
-        return _parse(file.readline(MAX_LINE + 1), path.name)
+        return _parse(file.readline(most + 1), path.name, most)
 
 
-def _parse(line: bytes, place: str) -> dict[str, Any]:
-    if len(line) > MAX_LINE:
-        raise DataError(f"a line of over {MAX_LINE >> 20} MB", place=place, way_out="score shorter rows")
+def _parse(line: bytes, place: str, most: int = MAX_LINE) -> dict[str, Any]:
+    if len(line) > most:
+        raise _too_long(place, most)
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -76,6 +80,10 @@ def _parse(line: bytes, place: str) -> dict[str, Any]:
             "this is no record of likely score", place=place, way_out="give a file that likely score wrote"
         ) from error
     return _checked(record, place)
+
+
+def _too_long(place: str, most: int) -> DataError:
+    return DataError(f"a row of over {most >> 20} MB", place=place, way_out="score shorter rows")
 
 
 def _checked(record: Any, place: str) -> dict[str, Any]:
@@ -98,20 +106,26 @@ def _open_parquet(path: Path) -> Any:
 def _read_parquet(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     with _open_parquet(path) as table:
         size, place = path.stat().st_size, 0
-        for group in range(table.num_row_groups):
-            records = table.read_row_group(group).to_pylist()
-            for record in records:
+        for batch in table.iter_batches(ROWS_AT_ONCE, use_threads=False):
+            for record in batch.to_pylist():
                 done = size * (place + 1) // max(1, table.metadata.num_rows)
                 yield place, done, _checked(record, f"{path.name}, row {place + 1}")
                 place += 1
 
 
-def _parquet_at(path: Path, place: int) -> dict[str, Any]:
+def _parquet_at(path: Path, place: int, most: int) -> dict[str, Any]:
     with _open_parquet(path) as table:
-        for group in range(table.num_row_groups):
-            rows = table.metadata.row_group(group).num_rows
-            if place < rows:
-                (record,) = table.read_row_group(group).slice(place, 1).to_pylist()
-                return _checked(record, path.name)
-            place -= rows
+        group = 0
+        while group < table.num_row_groups and place >= table.metadata.row_group(group).num_rows:
+            place -= table.metadata.row_group(group).num_rows
+            group += 1
+        groups = [group] if group < table.num_row_groups else []
+        # A few rows at a time: other programs put a whole file into one group.
+        for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=groups, use_threads=False):
+            if place < len(batch):
+                row = batch.slice(place, 1)
+                if row.nbytes > most:
+                    raise _too_long(path.name, most)
+                return _checked(row.to_pylist()[0], path.name)
+            place -= len(batch)
     raise DataError("there is no such row", place=path.name)

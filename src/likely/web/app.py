@@ -26,6 +26,7 @@ from likely.web.jobs import Lane
 from likely.web.runs import Run, Shelf
 from likely.web.scores import ScoreSet, ScoreSets
 from likely.web.table import Filter
+from likely.web.tail import MAX_POINTS
 
 STATIC = Path(__file__).parent / "static"
 TYPES = {
@@ -246,8 +247,10 @@ class _News:
         run, tail = self._run, self._run.tail
         found: list[tuple[str, Any]] = []
         entry = run.entry()  # which reads on in the metrics
-        news = tail.since(tail.num_lines if self._lines is None else self._lines, run.num_steps)
-        if self._generation is not None and news["generation"] != self._generation:
+        end = tail.num_lines
+        far = end - (self._lines or 0) > MAX_POINTS  # what is so much is told as points of several steps
+        news = tail.since(end if far or self._lines is None else self._lines, run.num_steps)
+        if self._generation is not None and (far or news["generation"] != self._generation):
             found.append(("reset", {"generation": news["generation"]}))
         elif self._lines != news["lines"]:
             found.append(("metrics", news))

@@ -103,7 +103,7 @@ def make_job(ask: Any, shelf: Shelf, sets: ScoreSets) -> Job:
         # A training that is under way keeps its processors.
         gentle = run.entry()["state"] == "running"
         request = {**ask.model_dump(exclude={"kind", "run"}), "run": str(run.folder), "gentle": gentle}
-        return Job(ask.kind, request)
+        return Job(ask.kind, request, run=run.id)
     state = run.latest()
     if state is None:
         raise RefusedError(409, "the run has no model yet: its first checkpoint is still to come")
@@ -131,7 +131,7 @@ def _score(run: Run, sets: ScoreSets) -> Job:
         return {"set": sets.add(output, run).id}
 
     models = {"tuned": _model(run, str(run.latest())), "base": _model(run, "base")}
-    return Job("score", {"run": str(run.folder), "output": str(output), **models}, finish=finish)
+    return Job("score", {"run": str(run.folder), "output": str(output), **models}, finish=finish, run=run.id)
 
 
 def _on_a_row(ask: OfExample | OfToken, sets: ScoreSets) -> Job:

@@ -15,6 +15,7 @@ import time
 from array import array
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,12 +26,16 @@ from likely.errors import DataError
 from likely.insight.score_reading import read_records
 from likely.types import ROLES
 
-SCHEMA = 2
+SCHEMA = 3
 PROMPT_CHARACTERS, ANSWER_CHARACTERS = 150, 147  # of a row's text; together with " … " 300
+LONGEST_WORD = 30  # characters that are left out so that a text begins with a whole word
 SEPARATOR = b"\xff"  # is in no UTF-8, so no search reaches over the end of a row
 ROWS_BETWEEN_TOLD = 2_000
+MOST_SOURCES = 100  # that can be chosen by name
+MAX_SOURCE = 4096  # characters of a file's name
 KEPT_SECONDS = 30 * 86_400  # since an index or scores of the viewer's own were last used
 INTEGERS = ("place", "file", "line", "length", *ROLES)
+TEXTS = ("text", "folded", "source")
 NUMBERS = ("nll_base", "nll_tuned", "change", "tokens", "surprise", "stop")
 SORTED = ("nll_base", "nll_tuned", "change", "length", "tokens", "surprise", "stop")
 Progress = Callable[[int, int], None]
@@ -90,7 +95,7 @@ def _write(scores: Path, folder: Path, progress: Progress) -> None:
     columns = {name: array("q") for name in INTEGERS} | {name: array("d") for name in NUMBERS}
     files: dict[str, int] = {}
     with ExitStack() as stack:
-        texts = [_Texts(stack.enter_context((folder / f"{name}.bin").open("wb"))) for name in ("text", "folded")]
+        texts = [_Texts(stack.enter_context((folder / f"{name}.bin").open("wb"))) for name in TEXTS[:2]]
         for number, (place, done, record) in enumerate(read_records(scores)):
             facts = facts_of(record)
             columns["place"].append(place)
@@ -102,8 +107,11 @@ def _write(scores: Path, folder: Path, progress: Progress) -> None:
                 columns[name].append(value)
             if number % ROWS_BETWEEN_TOLD == 0:
                 progress(done, size)
-        ends = [text.ends for text in texts]
-    for name, values in (*columns.items(), ("text_ends", ends[0]), ("folded_ends", ends[1])):
+        sources = _Texts(stack.enter_context((folder / "source.bin").open("wb")))
+        for name in files:
+            sources.add(name)
+        ends = {f"{name}_ends": text.ends for name, text in zip(TEXTS, (*texts, sources), strict=True)}
+    for name, values in (columns | ends).items():
         (folder / f"{name}.col").write_bytes(values.tobytes())
     for name in SORTED:
         key = np.frombuffer(columns[name], np.int64 if name in INTEGERS else np.float64)
@@ -113,7 +121,8 @@ def _write(scores: Path, folder: Path, progress: Progress) -> None:
         "rows": len(columns["place"]),
         "has_base": bool(np.isfinite(np.frombuffer(columns["nll_base"], np.float64)).any()) if files else False,
         "roles": [role for role in ROLES if any(columns[role])],
-        "sources": [{"id": i, "name": name, "rows": rows[i]} for name, i in files.items()],
+        "files": len(files),
+        "sources": [{"id": i, "name": name, "rows": rows[i]} for name, i in islice(files.items(), MOST_SOURCES)],
     }
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
     progress(size, size)
@@ -177,7 +186,7 @@ def _facts_of(record: dict[str, Any]) -> dict[str, Any]:
         stop = _least(stop, last)
     file, _, line = str(record["source"]).rpartition(":")
     return {
-        "file": file or str(record["source"]),
+        "file": (file or str(record["source"]))[-MAX_SOURCE:],
         "line": int(line) if line.isdigit() and len(line) < 19 else 0,
         "nll_base": base,
         "nll_tuned": tuned,
@@ -214,7 +223,10 @@ def _text_of(tokens: list[dict[str, Any]]) -> str:
     while i and len(prompt) < PROMPT_CHARACTERS:
         i -= 1
         prompt = str(tokens[i]["text"])[-PROMPT_CHARACTERS:] + prompt
-    prompt = prompt[-PROMPT_CHARACTERS:]
+    if i or len(prompt) > PROMPT_CHARACTERS:  # it is cut: at a word, where one begins soon
+        prompt = prompt[1 - PROMPT_CHARACTERS :]
+        space = prompt.find(" ", 0, LONGEST_WORD)
+        prompt = f"…{prompt[space + 1 :]}"
     answer = _joined((t for t in tokens if t["weight"]), ANSWER_CHARACTERS)
     return f"{prompt} … {answer}" if prompt and answer else prompt or answer
 

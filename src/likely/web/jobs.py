@@ -25,7 +25,8 @@ from likely.web.access import RefusedError
 MOST_WAITING = 8
 MOST_REMEMBERED = 64
 MOST_CACHED = 64
-MAX_LINE = 64 << 20  # bytes of one answer
+MAX_LINE = 32 << 20  # bytes of one answer
+MAX_KEPT = 32 << 20  # bytes of the answers of all jobs that are over, and as many of the cache
 TIME_LIMIT = 600.0  # seconds
 END_SECONDS = 2.0  # for a process that was killed to be gone
 UNLIMITED = {"score", "check", "index"}
@@ -35,11 +36,12 @@ OVER = {"done", "failed", "cancelled"}
 @dataclass
 class Job:
     """One request to the worker and what became of it. ``key`` names requests with the same answer; ``finish`` makes
-    the page's result of the worker's."""
+    the page's result of the worker's; ``run`` is the id of the run that it is about."""
 
     kind: str
     request: dict[str, Any]
     key: str | None = None
+    run: str | None = None
     finish: Callable[[dict[str, Any]], dict[str, Any]] | None = None
     id: str = field(default_factory=lambda: secrets.token_hex(8))
     state: str = "waiting"
@@ -47,9 +49,13 @@ class Job:
     done: int = 0
     total: int | None = None
     error: str | None = None
-    result: dict[str, Any] | None = None
+    text: bytes = b""  # the result as JSON, which is a fraction of what it takes as objects
     began: float | None = None
     ended: float | None = None
+
+    @property
+    def result(self) -> Any:
+        return json.loads(self.text) if self.text else None
 
     def told(self, ahead: int, memory: int | None) -> dict[str, Any]:
         """The job for the page, without its result."""
@@ -57,6 +63,7 @@ class Job:
         return {
             "id": self.id,
             "kind": self.kind,
+            "run": self.run,
             "state": self.state,
             "ahead": ahead,
             "title": self.title,
@@ -81,33 +88,46 @@ class Lane:
         self._waiting: list[Job] = []
         self._running: Job | None = None
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._cache: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._cache: OrderedDict[str, bytes] = OrderedDict()
         self._process: asyncio.subprocess.Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._models: list[str] = []
 
     def submit(self, job: Job) -> Job:
-        """Queue a job, or answer it at once where the same was answered before.
+        """Queue a job, or answer it at once where the same was answered before. Long work that was asked for already is
+        not done twice: then it is that job.
 
         Raises:
             RefusedError: too many wait.
         """
+        if job.kind in UNLIMITED:
+            for other in self._jobs.values():
+                if other.state not in OVER and (other.kind, other.request) == (job.kind, job.request):
+                    return other
         if job.key is not None and job.key in self._cache:
             self._cache.move_to_end(job.key)
-            job.state, job.result = "done", self._cache[job.key]
+            job.state, job.text = "done", self._cache[job.key]
         elif len(self._waiting) >= self._most_waiting:
             raise RefusedError(429, f"{len(self._waiting)} jobs are waiting already; cancel one, or wait")
         else:
             self._waiting.append(job)
         self._jobs[job.id] = job
-        while len(self._jobs) > MOST_REMEMBERED:
-            over = next((name for name, old in self._jobs.items() if old.state in OVER), None)
-            if over is None:
-                break
-            del self._jobs[over]
+        self._forget()
         if self._waiting and (self._task is None or self._task.done()):
             self._task = asyncio.get_running_loop().create_task(self._work())
         return job
+
+    def _forget(self) -> None:
+        """Forget what is over, the oldest first, where it is too much."""
+        over = [job for job in self._jobs.values() if job.state in OVER]
+        size = sum(len(job.text) for job in over)
+        for job in over[:-1]:
+            if len(self._jobs) <= MOST_REMEMBERED and size <= MAX_KEPT:
+                break
+            size -= len(job.text)
+            del self._jobs[job.id]
+        while len(self._cache) > MOST_CACHED or sum(map(len, self._cache.values())) > MAX_KEPT:
+            self._cache.popitem(last=False)
 
     def find(self, name: str) -> Job:
         """The job of an id.
@@ -225,12 +245,11 @@ class Lane:
     def _finish(self, job: Job, result: dict[str, Any]) -> None:
         if job.state == "cancelled":
             return
-        job.result = job.finish(result) if job.finish else result
+        job.text = json.dumps(job.finish(result) if job.finish else result).encode()
         job.state = "done"
         if job.key is not None:
-            self._cache[job.key] = job.result
-            while len(self._cache) > MOST_CACHED:
-                self._cache.popitem(last=False)
+            self._cache[job.key] = job.text
+        self._forget()
 
     async def _started(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:

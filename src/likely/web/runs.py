@@ -41,11 +41,13 @@ class Run:
     """One run folder and what was read of it."""
 
     folder: Path
+    name: str = ""
     tail: Tail = field(init=False)
     _kept: dict[str, tuple[tuple[int, int], Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tail = Tail(self.folder / "metrics.jsonl")
+        self.name = self.name or _spelled(self.folder.name)
 
     @property
     def id(self) -> str:
@@ -94,7 +96,7 @@ class Run:
         state, told = self._state(report is not None)
         return {
             "id": self.id,
-            "name": _spelled(self.folder.name),
+            "name": self.name,
             "state": state,
             "told": told,
             "verdict": report["verdict"] if report else None,
@@ -210,6 +212,7 @@ class Shelf:
                 for folder in [place] if is_run(place) else _runs_in(place):
                     if len(self._runs) < MOST_RUNS:
                         self._runs.setdefault(id_of(folder), Run(folder))
+            _name_apart(self._runs.values())
             return list(self._runs.values())
 
     def find(self, name: str) -> Run | None:
@@ -217,6 +220,19 @@ class Shelf:
         if found is not None and _is_folder(found.folder):
             return found
         return next((run for run in self.runs() if run.id == name), None)
+
+
+def _name_apart(runs: Iterable[Run]) -> None:
+    """Give runs whose folders have the same name as much of what is above as tells them apart."""
+    alike: dict[str, list[Run]] = {}
+    for run in runs:
+        alike.setdefault(run.folder.name, []).append(run)
+    for group in alike.values():
+        depth = 1
+        while len({run.folder.parts[-depth:] for run in group}) < len(group):
+            depth += 1
+        for run in group:
+            run.name = _spelled("/".join(run.folder.parts[-depth:]))
 
 
 def is_run(folder: Path) -> bool:

@@ -25,7 +25,8 @@ TOKEN_COLUMNS = {
     "rank": "rank",
     "entropy": "entropy",
 }
-MOST_SOURCES = 100
+MAX_EXAMPLE = 16 << 20  # bytes of a row of some 80,000 tokens
+READING = threading.Lock()  # long rows are read one after the other, so that their memory is needed once
 
 
 @dataclass
@@ -39,10 +40,17 @@ class ScoreSet:
     index: Path | None = None
     asked: Path | None = None  # the index that the job makes
     lock: threading.Lock = field(default_factory=threading.Lock)
+    own: bool = False  # written by the viewer, under a name that says nothing
 
     @property
     def id(self) -> str:
         return id_of(self.path)
+
+    @property
+    def name(self) -> str:
+        if self.own and self.run is not None:
+            return f"held-out rows of {self.run.name}"
+        return self.path.name.encode(errors="replace").decode()
 
     def told(self) -> dict[str, Any]:
         """The set for the page."""
@@ -53,7 +61,7 @@ class ScoreSet:
             state = {"waiting": "waiting", "running": "indexing", "done": "indexing"}.get(job.state, "failed")
         return {
             "id": self.id,
-            "name": self.path.name.encode(errors="replace").decode(),
+            "name": self.name,
             "state": state,
             "done": job.done if job else 0,
             "total": (job.total if job else None) or 0,
@@ -62,7 +70,7 @@ class ScoreSet:
             "has_base": facts.get("has_base"),
             "error": (job.error or "the index was not made") if job and state == "failed" else None,
             "roles": facts.get("roles", []),
-            "sources": facts.get("sources", [])[:MOST_SOURCES],
+            "sources": facts.get("sources", []),
         }
 
     def example(self, row: int) -> dict[str, Any]:
@@ -75,7 +83,8 @@ class ScoreSet:
         if not 0 <= row < table.num_rows:
             raise RefusedError(404, "there is no such row")
         (facts,) = table.rows([row])
-        tokens = record_at(self.path, table.place(row))["tokens"]
+        with READING:
+            tokens = record_at(self.path, table.place(row), MAX_EXAMPLE)["tokens"]
         del facts["text"], facts["roles"]
         return {
             **facts,
@@ -113,8 +122,8 @@ class ScoreSets:
         for path in extra:  # with one run, the scores are of its rows
             self._sets[id_of(path)] = ScoreSet(path, runs[0] if len(runs) == 1 else None)
 
-    def add(self, path: Path, run: Run | None) -> ScoreSet:
-        return self._sets.setdefault(id_of(path), ScoreSet(path, run))
+    def add(self, path: Path, run: Run) -> ScoreSet:
+        return self._sets.setdefault(id_of(path), ScoreSet(path, run, own=path == run.own_scores()))
 
     def look(self) -> None:
         """Find what is new; reads the disk."""

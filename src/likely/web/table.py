@@ -68,15 +68,16 @@ class Table:
         self.facts: dict[str, Any] = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.num_rows = int(self.facts["rows"])
         self._columns = {name: self._map(f"{name}.col", np.int64) for name in (*INTEGERS, "text_ends", "folded_ends")}
+        self._source_ends = self._map("source_ends.col", np.int64)
         self._columns |= {name: self._map(f"{name}.col", np.float64) for name in NUMBERS}
         self._orders = {name: self._map(f"{name}.order", np.int32) for name in SORTED}
-        if any(len(each) != self.num_rows for each in (*self._columns.values(), *self._orders.values())):
+        lengths = {len(each) for each in (*self._columns.values(), *self._orders.values())}
+        if lengths != {self.num_rows} or len(self._source_ends) != self.facts["files"]:
             raise ValueError("the index is not whole")
         # Rows without the value stand last, in either direction.
         self._known = {
             name: int(np.isfinite(self._columns[name]).sum()) if name in NUMBERS else self.num_rows for name in SORTED
         }
-        self._names = {source["id"]: source["name"] for source in self.facts["sources"]}
         self._masks: OrderedDict[Any, Mask] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -201,11 +202,12 @@ class Table:
     def rows(self, ids: list[int]) -> list[dict[str, Any]]:
         """What the table shows of some rows."""
         columns = {name: self._columns[name][ids].tolist() for name in (*INTEGERS, *NUMBERS)}
-        texts = self._texts(ids)
+        texts = self._texts("text", self._columns["text_ends"], ids)
+        names = self._texts("source", self._source_ends, columns["file"])
         return [
             {
                 "id": row,
-                "source": f"{self._names[columns['file'][i]]}:{columns['line'][i]}",
+                "source": f"{names[i]}:{columns['line'][i]}",
                 **{name: _number(columns[name][i]) for name in NUMBERS},
                 "length": columns["length"][i],
                 "roles": {role: columns[role][i] for role in ROLES if columns[role][i]},
@@ -214,9 +216,8 @@ class Table:
             for i, row in enumerate(ids)
         ]
 
-    def _texts(self, ids: list[int]) -> list[str]:
-        ends = self._columns["text_ends"]
-        with (self._folder / "text.bin").open("rb") as file:
+    def _texts(self, name: str, ends: Any, ids: list[int]) -> list[str]:
+        with (self._folder / f"{name}.bin").open("rb") as file:
             found = []
             for row in ids:
                 first = int(ends[row - 1]) if row else 0

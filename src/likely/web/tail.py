@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import threading
+from array import array
+from bisect import bisect_left
+from collections import deque
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import numpy.typing as npt
+
 MAX_LINE = 1 << 20  # bytes; a longer line is none of ours and is passed over
-MAX_POINTS = 4_000  # of a snapshot, before each is the mean of several steps
+MAX_POINTS = 4_000  # of a snapshot, before each is the mean of several steps, or one of several evaluations
+MOST_STEPS = 1 << 53  # beyond it no number of a step is exact
+MOST_SKIPPED = 1_000  # steps left out that are remembered, the latest
 PACE_STEPS = 50  # the latest, whose time says how long the rest takes
 STEP_COLUMNS = (
     "step",
@@ -23,6 +32,7 @@ STEP_COLUMNS = (
     "supervised_tokens",
     "seconds",
 )
+EVALUATION_COLUMNS = ("step", "nll", "low", "high")
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -36,6 +46,32 @@ def open_file(path: Path) -> BinaryIO:
         return os.fdopen(descriptor, "rb")
     os.close(descriptor)
     raise OSError(errno.EINVAL, "no regular file", str(path))
+
+
+class _Columns:
+    """Numbers of many lines in little memory: 8 bytes each, nan where one is unknown, with the number of its line."""
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        self._names = names
+        self._lines = array("q")
+        self._values = {name: array("d") for name in names}
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def add(self, line: int, values: dict[str, float | None]) -> None:
+        self._lines.append(line)
+        for name in self._names:
+            value = values[name]
+            self._values[name].append(np.nan if value is None else value)
+
+    def latest(self, name: str, number: int) -> list[float]:
+        return self._values[name][-number:].tolist()
+
+    def since(self, line: int) -> dict[str, npt.NDArray[np.float64]]:
+        """What stands in a line or behind it."""
+        first = bisect_left(self._lines, line)
+        return {name: np.array(values[first:]) for name, values in self._values.items()}
 
 
 class Tail:
@@ -57,10 +93,9 @@ class Tail:
         self._inode = -1
         self.num_lines = 0
         self.changed: float | None = None
-        # Each with the number of its line.
-        self.steps: list[tuple[int, list[float | None]]] = []
-        self.evaluations: list[tuple[int, dict[str, Any]]] = []
-        self.skipped: list[tuple[int, dict[str, Any]]] = []
+        self._steps = _Columns(STEP_COLUMNS)
+        self._evaluations = _Columns(EVALUATION_COLUMNS)
+        self._skipped: deque[tuple[int, dict[str, Any]]] = deque(maxlen=MOST_SKIPPED)  # each with its line
 
     def refresh(self) -> None:
         """Read what is new."""
@@ -102,67 +137,80 @@ class Tail:
             step = int(found["step"])
         except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
             return
+        if abs(step) > MOST_STEPS:
+            return
         if "nll" in found:
-            self.steps.append((self.num_lines, [_number(found.get(name)) for name in STEP_COLUMNS]))
+            values = {name: _number(found.get(name)) for name in STEP_COLUMNS}
+            self._steps.add(self.num_lines, {**values, "step": step})
         elif isinstance(found.get("evaluation"), dict):
             low, high = _pair(found["evaluation"].get("ci95"))
             nll = _number(found["evaluation"].get("nll"))
-            self.evaluations.append((self.num_lines, {"step": step, "nll": nll, "low": low, "high": high}))
+            self._evaluations.add(self.num_lines, {"step": step, "nll": nll, "low": low, "high": high})
         elif "skipped" in found:
-            self.skipped.append((self.num_lines, {"step": step, "told": str(found["skipped"])[:500]}))
+            self._skipped.append((self.num_lines, {"step": step, "told": str(found["skipped"])[:500]}))
 
     @property
     def last_step(self) -> int:
-        latest = [self.steps[-1][1][0]] if self.steps else []
-        latest += [self.skipped[-1][1]["step"]] if self.skipped else []
-        return int(max((value for value in latest if value is not None), default=0))
+        latest = self._steps.latest("step", 1) + [told["step"] for _, told in list(self._skipped)[-1:]]
+        return int(max(latest, default=0))
 
     def since(self, line: int, num_steps: int | None, *, thin: bool = False) -> dict[str, Any]:
         """What was written from a line on, in columns."""
         with self._lock:
-            steps = _from(self.steps, line)
-            every = -(-len(steps) // MAX_POINTS) if thin and steps else 1
-            points = [_mean(steps[i : i + every]) for i in range(0, len(steps), every)] if every > 1 else steps
-            return {
-                "generation": self.generation,
-                "lines": self.num_lines,
-                "every": every,
-                "steps": {name: [point[i] for point in points] for i, name in enumerate(STEP_COLUMNS)},
-                "evaluations": _from(self.evaluations, line),
-                "skipped": _from(self.skipped, line),
-                "pace": self._pace(num_steps),
-            }
+            steps, evaluations = self._steps.since(line), self._evaluations.since(line)
+            skipped = [told for at, told in self._skipped if at >= line]
+            told = {"generation": self.generation, "lines": self.num_lines, "pace": self._pace(num_steps)}
+        every = _every(len(steps["step"])) if thin else 1
+        if thin:
+            steps = {name: _means(values) for name, values in steps.items()} | {"step": _lasts(steps["step"])}
+            evaluations = {name: _lasts(values) for name, values in evaluations.items()}
+        columns = [[_known(value) for value in evaluations[name].tolist()] for name in EVALUATION_COLUMNS]
+        return {
+            **told,
+            "every": every,
+            "steps": {name: [_known(value) for value in values.tolist()] for name, values in steps.items()},
+            "evaluations": [dict(zip(EVALUATION_COLUMNS, row, strict=True)) for row in zip(*columns, strict=True)],
+            "skipped": skipped,
+        }
 
     def _pace(self, num_steps: int | None) -> dict[str, Any]:
-        latest = [step for _, step in self.steps[-PACE_STEPS:]]
-        seconds = sum(step[7] or 0.0 for step in latest)
-        tokens = sum(step[4] or 0.0 for step in latest)
-        left = seconds / len(latest) * max(0, num_steps - self.last_step) if latest and num_steps else None
-        rate = tokens / seconds if seconds else None
+        latest = self._steps.latest("seconds", PACE_STEPS)
+        seconds, tokens = np.nansum(latest), np.nansum(self._steps.latest("tokens", PACE_STEPS))
+        left = float(seconds) / len(latest) * max(0, num_steps - self.last_step) if latest and num_steps else None
+        rate = float(tokens / seconds) if seconds else None
         return {"tokens_per_second": rate, "seconds_left": left, "step": self.last_step, "num_steps": num_steps}
 
     def usual_seconds(self) -> float:
         """How long a step takes of late."""
-        latest = [step[7] or 0.0 for _, step in self.steps[-PACE_STEPS:]]
-        return max(latest, default=0.0)
+        return float(np.nanmax(self._steps.latest("seconds", PACE_STEPS) or [0.0], initial=0.0))
 
 
-def _from(entries: list[tuple[int, Any]], line: int) -> list[Any]:
-    first = len(entries)
-    while first and entries[first - 1][0] >= line:
-        first -= 1
-    return [entry for _, entry in entries[first:]]
+def _every(number: int) -> int:
+    """How many lines make one point."""
+    return max(1, -(-number // MAX_POINTS))
 
 
-def _mean(points: list[list[float | None]]) -> list[float | None]:
-    """One point of several: the last step's number, sums of counts divided alike, so that every column is a mean."""
-    columns = zip(*points, strict=True)
-    means = [_mean_of([value for value in column if value is not None]) for column in columns]
-    return [points[-1][0], *means[1:]]
+def _lasts(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of each point's lines the last one."""
+    every = _every(len(values))
+    return values[np.minimum(np.arange(every - 1, len(values) + every - 1, every), len(values) - 1)]
 
 
-def _mean_of(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _means(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The mean of what is known of each point's lines, nan where nothing is."""
+    if not len(values):
+        return values
+    starts = np.arange(0, len(values), _every(len(values)))
+    known = ~np.isnan(values)
+    counts = np.add.reduceat(known.astype(np.float64), starts)
+    sums = np.add.reduceat(np.where(known, values, 0.0), starts)
+    means = np.full(len(starts), np.nan)
+    np.divide(sums, counts, out=means, where=counts > 0)
+    return means
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def _number(value: Any) -> float | None:

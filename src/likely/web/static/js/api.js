@@ -13,7 +13,7 @@ export class ApiError extends Error {
 /** JSON of a GET. An aborted signal rejects with an AbortError, which nobody needs to be told. */
 export const get = (path, { query = {}, signal } = {}) => ask("GET", link(path, query), { signal });
 
-export const post = (path, body, { signal } = {}) => ask("POST", link(path), { body, signal });
+const post = (path, body, { signal } = {}) => ask("POST", link(path), { body, signal });
 
 export const remove = (path) => ask("DELETE", link(path), { keepalive: true });
 
@@ -52,7 +52,7 @@ export const wait = (milliseconds, signal) =>
   });
 
 /** Follow a job of the server to its result. `progress` is told of the job at every look. */
-export async function follow(id, { signal, progress = () => {} }) {
+async function follow(id, { signal, progress = () => {} }) {
   for (;;) {
     const job = await get(`/jobs/${id}`, { signal });
     progress(job);
@@ -63,15 +63,21 @@ export async function follow(id, { signal, progress = () => {} }) {
   }
 }
 
-/** Have a job done; if the signal ends first, it is cancelled at the server too. */
-export async function work(request, { signal, progress }) {
-  const { job } = await post("/jobs", request);
-  const cancel = () => remove(`/jobs/${job}`).catch(() => {});
-  if (signal?.aborted) cancel();
-  else signal?.addEventListener("abort", cancel);
+/** Have a job done: a request, or the id of a job. If `cancel` ends first, it is cancelled at the server too. */
+export async function work(asked, { signal, cancel, progress }) {
+  const job = typeof asked === "string" ? asked : (await post("/jobs", asked)).job;
+  const stop = () => remove(`/jobs/${job}`).catch(() => {});
+  if (cancel.aborted) stop();
+  else cancel.addEventListener("abort", stop);
   try {
     return await follow(job, { signal, progress });
   } finally {
-    signal?.removeEventListener("abort", cancel);
+    cancel.removeEventListener("abort", stop);
   }
+}
+
+/** The latest job of a kind about a run that is in one of some states, or undefined. */
+export async function jobOf(run, kind, states, signal) {
+  const { jobs } = await get("/jobs", { signal });
+  return jobs.findLast((job) => job.run === run && job.kind === kind && states.includes(job.state))?.id;
 }

@@ -56,10 +56,7 @@ export class Curve {
         height: HEIGHT,
         legend: { show: false },
         scales: { x: { time: false }, y: { range: (_, low, high) => this.range(low, high) } },
-        axes: [
-          { ...axis, label: "step", labelSize: 16, size: 32, incrs: WHOLE },
-          { ...axis, size: 62 },
-        ],
+        axes: [{ ...axis, label: "step", labelSize: 16, size: 32, incrs: WHOLE }, { ...axis, size: 62 }],
         series: [{}, ...series],
         bands,
         hooks: { draw: [(plot) => this.drawLevels(plot)], setCursor: [read] },

@@ -40,6 +40,15 @@ export function duration(seconds) {
 /** How many of what: `1 example`, `2 examples`. */
 export const many = (value, one, more = `${one}s`) => `${count(value)} ${value === 1 ? one : more}`;
 
+/** Round numbers between two, about five of them, to mark an axis at. */
+export function ticks(low, high) {
+  const rough = (high - low) / 5 || 1;
+  const unit = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((each) => each * unit).find((each) => each >= rough * 0.999);
+  const [first, last] = [Math.ceil(low / step - 1e-6), Math.floor(high / step + 1e-6)];
+  return Array.from({ length: last - first + 1 }, (_, i) => (first + i) * step);
+}
+
 /** The beginning of a long text, cut between characters. */
 export function shortened(text, length) {
   const characters = Array.from(String(text));

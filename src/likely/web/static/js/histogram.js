@@ -1,7 +1,7 @@
 // How long the examples are, and where the longest allowed one would end.
 
 import { label, svg } from "./dom.js";
-import { count } from "./format.js";
+import { count, ticks } from "./format.js";
 
 const WIDTH = 720;
 const HEIGHT = 240;
@@ -29,9 +29,9 @@ export function histogram({ edges, counts, limit }) {
       role: "img",
       "aria-label": `Lengths of ${count(total)} examples, up to ${count(edges.at(-1))} tokens. The cut line is at ${count(limit)} tokens.`,
     },
-    [0, 0.5, 1].map((share) => [
-      svg("line", { x1: LEFT, x2: WIDTH - 16, y1: y(share * most), y2: y(share * most), class: "grid" }),
-      label(LEFT - 8, y(share * most) + 4, "axis end", count(share * most)),
+    ticks(0, most).filter(Number.isInteger).map((tick) => [
+      svg("line", { x1: LEFT, x2: WIDTH - 16, y1: y(tick), y2: y(tick), class: "grid" }),
+      label(LEFT - 8, y(tick) + 4, "axis end", count(tick)),
     ]),
     bars,
     far
@@ -40,9 +40,7 @@ export function histogram({ edges, counts, limit }) {
           svg("line", { x1: x(limit), x2: x(limit), y1: 18, y2: HEIGHT - BOTTOM, class: "cut" }),
           label(Math.min(x(limit), WIDTH - 16), 12, "axis strong end", `cut line, ${count(limit)} tokens`),
         ],
-    [0, 0.25, 0.5, 0.75, 1].map((share) =>
-      label(x(share * end), HEIGHT - BOTTOM + 16, "axis middle", count(share * end)),
-    ),
+    ticks(0, end).map((tick) => label(x(tick), HEIGHT - BOTTOM + 16, "axis middle", count(tick))),
     label(LEFT + (WIDTH - LEFT) / 2, HEIGHT - 4, "axis middle", "tokens of an example"),
   );
 }

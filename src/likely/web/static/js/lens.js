@@ -2,7 +2,7 @@
 
 import { TokenCard } from "./card.js";
 import { h } from "./dom.js";
-import { number, percent, signed } from "./format.js";
+import { count, number, percent, signed } from "./format.js";
 import { term } from "./glossary.js";
 import { LEGENDS } from "./shading.js";
 import { legend, strip } from "./tokens.js";
@@ -46,7 +46,7 @@ function verdict(a, b) {
   if (a === undefined) return `The answer has the probability ${percent(Math.exp(-b))}.`;
   const better = b < a;
   const factor = Math.exp(Math.min(Math.abs(a - b), 700));
-  const times = factor < 1000 ? number(factor, factor < 10 ? 2 : 0) : factor.toExponential(1);
+  const times = factor < 1e6 ? (factor < 10 ? number(factor, 2) : count(factor)) : factor.toExponential(1);
   return `After the training the answer is ${times} times ${better ? "as" : "less"} likely${better ? " as before" : " than before"}: ${signed(b - a)} nats of loss.`;
 }
 

@@ -35,6 +35,7 @@ const PAGES = [
 
 async function show({ page, parameters, path, query, signal, moved }) {
   run = parameters.run ?? query.get("run");
+  document.getElementById("broken").hidden = true;
   drawNavigation(page);
   const view = h("div", { class: "page" });
   fill(main, view);
@@ -51,11 +52,12 @@ async function show({ page, parameters, path, query, signal, moved }) {
     }
   } catch (error) {
     if (aborted(error) || signal.aborted) return;
-    if (!(error instanceof ApiError)) throw error;
     document.title = "likely";
     view.dataset.drawn = "";
+    const known = error instanceof ApiError;
     const way = error.status === 401 ? null : notice("", h("a", { href: "#/" }, "All runs"));
-    fill(view, h("h1", {}, "This can't be shown"), failure(error), way);
+    fill(view, h("h1", {}, "This can't be shown"), known && failure(error), way);
+    if (!known) throw error; // which is told above the page
   }
 }
 

@@ -85,13 +85,17 @@ export function progressBar({ label, onCancel }) {
   return { element, show };
 }
 
-/** The result of a job, with a bar in `holder` that tells how far it is and can cancel it; then it rejects. */
-export async function watch(holder, label, request, signal) {
+/**
+ * The result of a job, with a bar in `holder` that tells how far it is and can cancel it; then it rejects. asked: a
+ * request, or the id of a job. Whoever leaves the page cancels it too, unless it `stays`.
+ */
+export async function watch(holder, label, asked, signal, { stays = false } = {}) {
   const own = new AbortController();
   const bar = progressBar({ label, onCancel: () => own.abort() });
   fill(holder, bar.element);
   try {
-    return await work(request, { signal: AbortSignal.any([own.signal, signal]), progress: bar.show });
+    const both = AbortSignal.any([own.signal, signal]);
+    return await work(asked, { signal: both, cancel: stays ? own.signal : both, progress: bar.show });
   } finally {
     if (holder.firstChild === bar.element) fill(holder);
   }

@@ -170,7 +170,7 @@ function commonBeginning([first = "", ...others]) {
 
 /** A row's text without what all rows of the page begin with. */
 const preview = ({ text }, _, alike) =>
-  h("span", { class: "clamp", dir: "auto" }, harmless(alike > 20 ? `… ${text.slice(alike)}` : text));
+  h("span", { class: "clamp", dir: "auto" }, harmless(alike > 10 ? `…${text.slice(alike)}` : text));
 
 const rowLink = ({ source }, href) => h("a", { href }, harmless(source.split(/[\\/]/).at(-1)));
 

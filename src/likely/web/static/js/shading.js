@@ -27,13 +27,7 @@ export function ofChange(before, after) {
 
 /** What the classes mean, for a legend: [[class, words]]. */
 export const LEGENDS = {
-  chance: [
-    ["k0", "90% and more"],
-    ["k1", "50 to 90%"],
-    ["k2", "10 to 50%"],
-    ["k3", "1 to 10%"],
-    ["k4", "below 1%"],
-  ],
+  chance: [["k0", "90% and more"], ["k1", "50 to 90%"], ["k2", "10 to 50%"], ["k3", "1 to 10%"], ["k4", "below 1%"]],
   change: [
     ["down3", "less likely, −2 or beyond"],
     ["down2", "−0.7 to −2"],

@@ -30,10 +30,10 @@ export class StepView {
       title: "One step on this",
       picture: drawn(tokens.slice(0, MOST)),
       rows: () => [HEADER, ...tokens.map(({ text, step }) => [text, step.before, step.predicted, step.measured])],
-      caption: "The model is put back afterwards: nothing is kept of the step.",
+      caption: `One step at learning rate ${rate} ${change}. The model is put back afterwards: nothing is kept of the step.`,
       table: table({ caption: "Log-probability of each token and its change, in nats", rows: tokens, columns }),
     });
-    this.element = h("section", {}, h("p", {}, `One step at learning rate ${rate} ${change}.`), picture);
+    this.element = h("section", {}, picture);
   }
 }
 

@@ -1,13 +1,13 @@
 // The training data before any training: what is trained of it, and what a careful reader would change first.
 
-import { aborted, follow, get, post } from "../api.js";
+import { aborted, get, jobOf } from "../api.js";
 import { fill, h } from "../dom.js";
 import { figure } from "../figure.js";
 import { count, harmless, many, percent } from "../format.js";
 import { term } from "../glossary.js";
 import { histogram, histogramRows } from "../histogram.js";
 import { maskView } from "../mask.js";
-import { button, facts, failure, notice, progressBar, quiet, select, table, watch } from "../parts.js";
+import { button, facts, failure, notice, quiet, select, table, watch } from "../parts.js";
 import { remember } from "../router.js";
 
 const OFFER =
@@ -24,44 +24,31 @@ export async function dataPage({ view, parameters, query, signal }) {
 
 class DataPage {
   constructor({ run, query, signal }) {
-    Object.assign(this, { run, query, signal, key: `likely.check.${run.id}` });
+    Object.assign(this, { run, query, signal });
     this.element = h("div", {});
   }
 
   /** Go on with a check that was asked for before; else offer one. */
   async open() {
-    const job = sessionStorage.getItem(this.key);
-    const known = job && (await get(`/jobs/${job}`, { signal: this.signal }).catch(() => null));
-    if (known && ["waiting", "running", "done"].includes(known.state)) await this.follow(job);
-    else if (this.query.has("line")) await this.check();
-    else this.offer();
+    const job = await jobOf(this.run.id, "check", ["waiting", "running", "done"], this.signal);
+    if (job || this.query.has("line")) this.check(job);
+    else this.offer(null);
   }
 
-  offer() {
-    fill(this.element, notice(OFFER, button("Check the data", () => this.check(), { class: "main" })));
+  offer(error) {
+    fill(this.element, error, notice(OFFER, button("Check the data", () => this.check(), { class: "main" })));
   }
 
-  async check() {
+  /** A check goes on when the page is left. */
+  async check(job = { kind: "check", run: this.run.id }) {
+    let found;
     try {
-      const { job } = await post("/jobs", { kind: "check", run: this.run.id }, { signal: this.signal });
-      sessionStorage.setItem(this.key, job);
-      await this.follow(job);
+      found = await watch(this.element, "Checking the data", job, this.signal, { stays: true });
     } catch (error) {
-      if (!aborted(error)) fill(this.element, failure(error));
+      if (!this.signal.aborted) this.offer(aborted(error) ? null : failure(error));
+      return;
     }
-  }
-
-  async follow(job) {
-    const bar = progressBar({ label: "Checking the data" });
-    fill(this.element, bar.element);
-    try {
-      this.draw(await follow(job, { signal: this.signal, progress: bar.show }));
-    } catch (error) {
-      if (aborted(error)) return;
-      sessionStorage.removeItem(this.key);
-      this.offer();
-      this.element.prepend(failure(error));
-    }
+    this.draw(found);
   }
 
   draw(found) {
@@ -70,7 +57,8 @@ class DataPage {
     const asked = this.query.has("line");
     fill(
       this.element,
-      h("p", { class: `verdict-words ${found.ok ? "" : "bad"}` }, found.verdict),
+      h("p", { class: `verdict-words ${found.ok ? "" : "bad"}` }, harmless(found.verdict)),
+      button("Check again", () => this.check(), { class: "quiet" }),
       about(found.data),
       proof(found.proof),
       h("section", {}, h("h2", {}, "What is ", term("mask", "trained"), " of a row"), this.finder(), this.mask),

@@ -81,11 +81,7 @@ class ExamplePage {
   }
 
   controls() {
-    const options = [
-      ["before", "Before", !this.hasBase],
-      ["after", "After", false],
-      ["change", "Change", !this.hasBase],
-    ];
+    const options = [["before", "Before", !this.hasBase], ["after", "After", false], ["change", "Change", !this.hasBase]];
     const show = (value) => {
       this.shown = value;
       remember({ show: value });

@@ -1,10 +1,10 @@
 // Which scored rows there are, how to get them, and their table.
 
-import { aborted, follow, get, post, wait } from "../api.js";
+import { aborted, get, jobOf, wait } from "../api.js";
 import { fill, h } from "../dom.js";
 import { harmless } from "../format.js";
 import { RowsTable } from "../rows.js";
-import { button, failure, progressBar, quiet, select } from "../parts.js";
+import { button, failure, progressBar, quiet, select, watch } from "../parts.js";
 import { navigate } from "../router.js";
 
 const UNSCORED =
@@ -17,7 +17,7 @@ export async function runExamplesPage({ view, parameters, signal }) {
   const own = run.scores ?? [];
   const others = sets.filter(({ id }) => !own.some((set) => set.id === id));
   if (own.length) await showSet({ view, set: own[0], sets: [...own, ...others], run: run.id, signal });
-  else fill(view, heading(others, null, run.id), unscored(run, signal));
+  else fill(view, heading(others, null, run.id), unscored(run, await jobOf(run.id, "score", ["waiting", "running"], signal), signal));
   return "Examples";
 }
 
@@ -28,21 +28,22 @@ export async function examplesPage({ view, parameters, run, signal }) {
   return `Examples of ${set.name}`;
 }
 
-function unscored(run, signal) {
+/** The offer to score the held-out rows, or how far that is: it goes on when the page is left. */
+function unscored(run, job, signal) {
   const holder = h("div", { class: "notice" });
-  const start = async () => {
-    const bar = progressBar({ label: "Scoring the held-out rows" });
-    fill(holder, bar.element);
+  const start = async (asked) => {
     try {
-      const { job } = await post("/jobs", { kind: "score", run: run.id }, { signal });
-      const { set } = await follow(job, { signal, progress: bar.show });
+      const { set } = await watch(holder, "Scoring the held-out rows", asked, signal, { stays: true });
       navigate(`/scores/${set}`, { run: run.id });
     } catch (error) {
-      if (!aborted(error)) fill(holder, failure(error));
+      if (!signal.aborted) offer(aborted(error) ? null : failure(error));
     }
   };
-  const offer = run.can_score ? button("Score the held-out rows", start, { class: "main" }) : quiet(run.can_score_told);
-  return fill(holder, h("p", {}, UNSCORED), offer);
+  const ask = button("Score the held-out rows", () => start({ kind: "score", run: run.id }), { class: "main" });
+  const offer = (error) => fill(holder, error, h("p", {}, UNSCORED), run.can_score ? ask : quiet(run.can_score_told));
+  if (job) start(job);
+  else offer(null);
+  return holder;
 }
 
 async function showSet({ view, set, sets, run, signal }) {
