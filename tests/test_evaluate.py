@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import numpy as np
@@ -49,6 +49,24 @@ def test_scores_are_the_definition_whatever_the_packs(twin_of: Any, make_example
         assert score.logprob_T[1:] == pytest.approx(gold.numpy(), abs=1e-6)
         assert score.rank_T[1:].tolist() == [1 + int((logp[t] > gold[t]).sum()) for t in range(len(gold))]
         assert score.entropy_T[1:] == pytest.approx(-(logp.exp() * logp).sum(-1)[:-1].numpy(), abs=1e-5)
+
+
+def test_scores_of_many_tokens_are_kept_in_a_file(
+    twin_of: Any, make_examples: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, examples = twin_of("llama", torch.float64).model, make_examples(ROWS)
+    in_memory = evaluate.score_examples(model, examples, 9)
+    monkeypatch.setattr(evaluate, "MOST_IN_MEMORY", 3)
+    in_a_file = evaluate.score_examples(model, examples, 9)
+    monkeypatch.setattr(evaluate.os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    without_disk = evaluate.score_examples(model, examples, 9)
+    kinds = [isinstance(scores[0].logprob_T.base, np.memmap) for scores in (in_memory, in_a_file, without_disk)]
+    assert kinds == [False, True, False]
+    for own, other, third in zip(in_memory, in_a_file, without_disk, strict=True):
+        for column in (field.name for field in fields(own)):
+            np.testing.assert_array_equal(getattr(own, column), getattr(other, column))
+            np.testing.assert_array_equal(getattr(own, column), getattr(third, column))
+    assert evaluate.score_examples(model, [], 9) == []
 
 
 def test_summary_is_the_definition(twin_of: Any, make_examples: Any) -> None:
@@ -165,6 +183,16 @@ def test_the_verdict_says_no_more_than_the_interval(interval: Any, words: str) -
     made = report(base=figures(1.5), tuned=figures(1.2), delta=evaluate.Delta(-0.3, interval, 0.5))
     assert words in made.verdict
     assert "nothing can be said" in report().verdict
+
+
+def test_the_verdict_says_what_was_harmed() -> None:
+    retain = {"change": 0.35, "change_ci95": (0.25, 0.5)}
+    guard = {"passed": False, "num_rows": 2, "max_gain": 2.0, "rows": [{"broken": True}, {"broken": False}]}
+    said = report(retain=retain, guard=guard).verdict
+    assert "Retained text became less likely, by 0.3500 nats per token (95% interval [+0.2500, +0.5000])." in said
+    assert said.endswith("1 of 2 unwanted responses gained more than the bound of 2 nats.")
+    fine = report(retain=retain | {"change_ci95": (-0.1, 0.5)}, guard=guard | {"passed": True}).verdict
+    assert fine == report().verdict
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_shows() -> None:

@@ -160,6 +160,22 @@ def test_points_that_cannot_answer() -> None:
     assert judge(simulate(law(0.3, 0.0, 0.5), 0), base=0.31)["kind"] == "none"
 
 
+def test_a_lopsided_interval_without_0_is_an_answer_without_a_plus_or_minus() -> None:
+    """A fall that ends soon has a short side towards 0 and a long one away from it."""
+    for seed in range(20):
+        found = judge(simulate(lambda n: 0.5 - 0.01 * np.log2(n), seed, training=3e-3), base=1.0)
+        doubling = found["doubling"]
+        if doubling["ci95"][0] > 0 and doubling["nats"] <= doubling["half_width"] and found["kind"] == "falls":
+            break
+    else:
+        raise AssertionError("no seed has a lopsided interval")
+    low, high = doubling["ci95"]
+    assert "±" not in found["verdict"]
+    assert f"by {doubling['nats']:.4f} nats per token" in found["verdict"]
+    assert f"[{low:.4f}, {high:.4f}]" in found["verdict"]
+    assert found["log_linear"]["per_doubling"] <= high
+
+
 def test_an_exponent_that_is_open_is_said_to_be() -> None:
     assert judge(simulate(law(0.3, 0.0, 0.5), 0), base=1.0)["power_law"]["determined"] is False
     sharp = simulate(law(0.3, 0.1, 0.5), 0, training=3e-4, by_size=3e-3)

@@ -37,6 +37,7 @@ BROKEN = {
     "into Python": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
     "into a function": ("{{ raise_exception.__globals__.os }}", "unsafe"),
     "format string": ("{{ '{0.__class__.__mro__}'.format(1) }}", "unsafe"),
+    "a word by chance": ("{{ messages|map(attribute='role')|random }}", "random"),
     "changes a message": ("{% set _ = messages.append(1) %}", "unsafe"),
     "much memory": ("{{ 'a' * 3000000000 }}", "memory"),
     "much text": ("{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}", "16 million characters"),
@@ -188,3 +189,9 @@ def test_half_a_surrogate_pair_is_a_broken_template() -> None:
     template = ChatTemplate({"default": r"{{ messages[0].content }}{{ '\ud800' }}"}, {})
     with pytest.raises(ModelError, match=r"the chat template is broken: .*surrogates not allowed"):
         template.texts([{"role": "user", "content": "Hi"}], (), [Ask(1)])
+
+
+def test_no_text_comes_by_chance() -> None:
+    problem = text_of("{{ lipsum() }}")
+    assert isinstance(problem, Problem)
+    assert "lipsum" in problem.message

@@ -52,7 +52,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise ModelError(f"no tokenizer that can be read: {first_line(error)}", place=str(folder)) from error
+        message = f"no tokenizer that can be read: {first_line(error)}"
+        raise ModelError(message, place=str(folder), way_out="fetch or copy the model's files again") from error
     if not tokenizer.is_fast:
         raise ModelError(
             "the tokenizer has no tokenizer.json", place=str(folder), way_out="convert it to the fast form"

@@ -53,7 +53,7 @@ def judge(scores: Scores, base: float, against: Sequence[str] = ()) -> dict[str,
     kind = "none"
     if reasons:
         pass
-    elif low > 0 and nats > half:  # where the interval is lopsided, "x ± y" must not hold 0 either
+    elif low > 0 and (nats > half or slope <= high):  # a lopsided interval must hold what the last doublings brought
         kind = "falls"
     elif slope_ci95[0] > 0:
         reasons = [_disagreeing(nats, half, slope)]
@@ -128,8 +128,10 @@ def _verdict(kind: str, reasons: Sequence[str], doubling: dict[str, Any], last: 
     nats, half = doubling["nats"], doubling["half_width"]
     low, high = doubling["ci95"]
     if kind == "falls":
+        # A lopsided interval is no "x ± y": that would hold 0, and the interval does not.
+        sure = f" ± {half:.4f}" if nats > half else ""
         return (
-            f"Doubling the data is expected to lower held-out NLL by {nats:.4f} ± {half:.4f} nats per token, from"
+            f"Doubling the data is expected to lower held-out NLL by {nats:.4f}{sure} nats per token, from"
             f" {last:.4f} (95% interval of the fall [{low:.4f}, {high:.4f}])."
         )
     if kind == "saturated":

@@ -8,8 +8,11 @@ examples, not tokens: tokens of one answer are not independent (paired percentil
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from likely.types import Example, ExampleScore, FloatArray
 
 RESAMPLES = 2000
 NUM_COLUMNS = 5  # of an ExampleScore
+MOST_IN_MEMORY = 2_000_000  # tokens whose scores are kept there: 80 MB
 Track = Callable[[Iterable[list[int]], str, int], Iterable[list[int]]]
 
 
@@ -38,7 +42,7 @@ def score_examples(
     """Log-probability, rank and entropy at every token that something predicts, weighted or not (so that both the
     conditional and the joint likelihood can be read off); nan elsewhere. Common prefixes are computed once over all
     examples. Of several ranks each scores some packs, the same ones that one process would, and all get all scores."""
-    columns_N = [np.full((NUM_COLUMNS, len(e.token_ids_T)), np.nan) for e in examples]
+    columns_N = _room_for([len(e.token_ids_T) for e in examples])
     plan = plan_scoring(model, examples, pack_tokens)
     dealt = deal_plan(examples, plan, ranks.world_size)
     own = [plan[entry] for entry in dealt[ranks.rank]]
@@ -56,6 +60,25 @@ def score_examples(
             columns[:] = values[start : start + columns.size].reshape(columns.shape)
             start += columns.size
     return [ExampleScore(*columns) for columns in columns_N]
+
+
+def _room_for(lengths: Sequence[int]) -> list[FloatArray]:
+    """Columns of each example, nan; those of many tokens in a file without a name, whose pages the system may put
+    away, so that memory does not grow with the data."""
+    ends = NUM_COLUMNS * np.cumsum(lengths)
+    if not len(ends):
+        return []
+    everything = _numbers(int(ends[-1]))
+    everything[:] = np.nan
+    return [part.reshape(NUM_COLUMNS, -1) for part in np.split(everything, ends[:-1])]
+
+
+def _numbers(size: int) -> FloatArray:
+    if size > NUM_COLUMNS * MOST_IN_MEMORY:
+        with suppress(AttributeError, OSError), TemporaryFile(prefix="likely-") as file:
+            os.posix_fallocate(file.fileno(), 0, 8 * size)  # a full disk says so now, and not by a signal later
+            return np.memmap(file, np.float64, "w+", shape=(size,))
+    return np.empty(size)
 
 
 def deal_plan(examples: Sequence[Example], plan: Sequence[list[int]], num_ranks: int) -> list[list[int]]:

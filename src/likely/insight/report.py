@@ -81,7 +81,29 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """One sentence that the figures support, and no more than they do."""
+        """What the figures support, and no more: a sentence on held-out text, and one each where text that should be
+        retained was forgotten beyond chance or a guard's bound was passed."""
+        return " ".join([self._gain, *self._harm])
+
+    @property
+    def _harm(self) -> list[str]:
+        found = []
+        change = self.retain["change_ci95"] if self.retain else None
+        if self.retain and change and change[0] > 0:
+            found.append(
+                f"Retained text became less likely, by {self.retain['change']:.4f} nats per token"
+                f" (95% interval [{change[0]:+.4f}, {change[1]:+.4f}])."
+            )
+        if self.guard and self.guard["passed"] is False:
+            broken = sum(bool(row["broken"]) for row in self.guard["rows"])
+            found.append(
+                f"{broken} of {self.guard['num_rows']} unwanted responses gained more than the bound of"
+                f" {self.guard['max_gain']:g} nats."
+            )
+        return found
+
+    @property
+    def _gain(self) -> str:
         if self.base is None or self.tuned is None or self.delta is None:
             return (
                 "No held-out data was given, so nothing can be said about new examples; "
