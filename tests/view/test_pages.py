@@ -132,19 +132,26 @@ def test_the_front_end_stays_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "colours"),
+    ("colours", "width", "pages"),
     [
-        *((page, "light") for page in ("runs", "run", "examples", "example", "try", "data")),
-        *((page, "dark") for page in ("run", "examples", "example", "try")),  # data: below
+        ("light", 1100, ("run", "examples", "example", "try", "data", "runs")),
+        ("dark", 390, ("run", "examples", "example", "try")),  # data: below
     ],
 )
-def test_every_page_is_quiet_and_accessible(visit: Open, run_id: str, scores_id: str, page: str, colours: str) -> None:
-    visited = visit(pages_of(run_id, scores_id)[page], color_scheme=colours, width=1100 if colours == "light" else 390)
-    visited.page.wait_for_function("() => !document.querySelector('[aria-busy], .page progress')")
-    visited.assert_accessible()
-    visited.assert_quiet()
-    across = visited.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-    assert across <= 0, "the page scrolls sideways"
+def test_every_page_is_quiet_and_accessible(
+    visit: Open, run_id: str, scores_id: str, colours: str, width: int, pages: tuple[str, ...]
+) -> None:
+    visited = visit("/nothing", color_scheme=colours, width=width)
+    page = visited.page
+    for name in pages:
+        page.evaluate(f"document.querySelector('{WHOLE}').remove()")
+        page.evaluate("address => (location.hash = address)", pages_of(run_id, scores_id)[name])
+        page.wait_for_selector(WHOLE)
+        page.wait_for_function("() => !document.querySelector('[aria-busy], .page progress')")
+        visited.assert_accessible()
+        visited.assert_quiet()
+        across = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert across <= 0, f"{name} scrolls sideways"
 
 
 def test_the_frame_by_keyboard_the_skip_link_the_pages_and_the_explanations(visit: Open, run_id: str) -> None:
@@ -541,7 +548,10 @@ def test_long_work_goes_on_without_its_page_and_can_be_cancelled(
 def test_the_data_page_shows_the_mask_of_any_row(visit: Open, run_id: str) -> None:
     visited = visit(f"/run/{run_id}/data", color_scheme="dark", width=390)
     page = visited.page
-    page.get_by_role("button", name=re.compile("^Check (the data|again)$")).click()
+    offer = page.get_by_role("button", name="Check the data")
+    offer.or_(page.locator("h2:text('Lengths')")).wait_for()  # a check that was made before is found again
+    if offer.count():
+        offer.click()
     page.wait_for_selector("h2:text('Lengths')")
     assert "can be trained on exactly as shown" in page.inner_text(".verdict-words")
     page.get_by_label("Row at line").fill("3")
@@ -555,5 +565,5 @@ def test_the_data_page_shows_the_mask_of_any_row(visit: Open, run_id: str) -> No
     assert sum(int(row.split(",")[2]) for row in rows) == 6
     page.get_by_label("Row at line").fill("99")
     page.get_by_role("button", name="Show", exact=True).click()
-    page.wait_for_selector("[role=alert]")
+    page.wait_for_selector("[role=alert]:has-text('line 99')")
     visited.assert_accessible()
