@@ -193,13 +193,16 @@ def test_auto_shards_what_does_not_fit(settings: dict[str, Any], tmp_path: Path)
     assert "sharded" not in replicated[0].said
 
 
-def in_the_middle(act: Callable[[], None], settings: dict[str, Any], folder: Path) -> tuple[list[Ended], float, Path]:
+def in_the_middle(
+    act: Callable[[], None], settings: dict[str, Any], folder: Path, timeout: str = "60"
+) -> tuple[list[Ended], float, Path]:
     """Rank 1 does something in the forward of the third step, when the others wait for its rows."""
     chosen = settings | TUNES["full"] | {"num_answers": 0, "eval_every": None, "save_every": None}
 
     def work(rank: int) -> None:
-        from likely.training import engine, sharding
+        from likely.training import engine, sharding, signs
 
+        signs.PATIENCE = 1.0
         original, gradient, calls = sharding.through_layer, engine.compute_gradient, 0
 
         def layer(*given: Any, **more: Any) -> Any:
@@ -216,7 +219,7 @@ def in_the_middle(act: Callable[[], None], settings: dict[str, Any], folder: Pat
         likely.train(**chosen, output=str(folder / "run"), shard="full")
 
     started = time.monotonic()
-    ended = together(3, work, folder / "logs")
+    ended = together(3, work, folder / "logs", {"LIKELY_TIMEOUT": timeout})
     return ended, time.monotonic() - started, folder / "run"
 
 
@@ -243,6 +246,14 @@ def test_a_rank_that_is_killed_in_the_middle_of_a_forward_is_named(settings: dic
     assert "error: rank 1 (pid " in ended[0].said.splitlines()[-1]
     assert "no sign of life" in ended[0].said.splitlines()[-1]
     assert seconds < 30
+
+
+def test_a_rank_that_hangs_in_the_middle_of_a_forward_is_named(settings: dict[str, Any], tmp_path: Path) -> None:
+    ended, seconds, _ = in_the_middle(lambda: time.sleep(90), settings, tmp_path, timeout="8")
+    assert [e.code for e in ended] == [5, 5, 5], ended
+    assert "error: rank 1 (pid " in ended[0].said.splitlines()[-1]
+    assert "hangs: the others waited for it in vain" in ended[0].said.splitlines()[-1]
+    assert seconds < 60
 
 
 def test_what_can_not_be_sharded(
