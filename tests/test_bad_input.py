@@ -16,6 +16,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from chatml import CHATML
+from likely.data.formats import parse_row
+from likely.data.render import Renderer, load_tokenizer
+from likely.types import Source
 from test_cli import Said, assert_refused, likely  # noqa: F401  (a fixture)
 
 Likely = Callable[..., Said]
@@ -332,3 +335,29 @@ def test_94_tokenizers_that_cannot_be_read(
     (tmp_path / "d.jsonl").write_bytes(LINE)
     told = likely("train", "--model", model, "--data", "d.jsonl", "--output", "run")
     assert_refused(told, 4, "model")
+
+
+def with_tokenizer(folder: Path, source: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a model whose tokenizer.json is changed."""
+    shutil.copytree(source, folder)
+    spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(spec)
+    (folder / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    return folder
+
+
+def test_94_a_control_token_that_is_a_part_of_words(likely: Likely, tmp_path: Path, tiny_model_dir: Path) -> None:  # noqa: F811
+    letter = {"id": 359, "content": "e", "special": True, "normalized": False}
+    letter |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    model = with_tokenizer(tmp_path / "model", tiny_model_dir, lambda spec: spec["added_tokens"].append(letter))
+    (tmp_path / "d.jsonl").write_bytes(LINE)
+    told = likely("train", "--model", model, "--data", "d.jsonl", "--output", "run")
+    assert_refused(told, 4, "is a part of its words too")
+
+
+def test_a_tokenizer_that_drops_merges_by_chance_is_read_without(tmp_path: Path, tiny_model_dir: Path) -> None:
+    model = with_tokenizer(tmp_path / "model", tiny_model_dir, lambda spec: spec["model"].update(dropout=0.5))
+    plain, other = (Renderer(load_tokenizer(folder)) for folder in (tiny_model_dir, model))
+    row = parse_row(ROW, Source("d.jsonl", 1))
+    for _ in range(5):
+        assert other.render(row)[0].token_ids_T.tolist() == plain.render(row)[0].token_ids_T.tolist()

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, pre_tokenizers
 
+from likely.errors import ModelError, first_line
 from likely.types import IntArray
 
 # While a template works, a character of the Tangut script (and then a rare ideograph) stands for each control token
@@ -177,6 +178,8 @@ class ControlTokens:
         self._backend.no_truncation()  # some files carry the settings of whatever they were used for before
         self._backend.no_padding()
         self._backend.encode_special_tokens = False
+        if getattr(self._backend.model, "dropout", None):  # of merges, by chance
+            self._backend.model.dropout = None
         added = tokenizer.added_tokens_decoder
         named = set(tokenizer.all_special_tokens)
         texts = {t.content for t in added.values() if t.special} | named
@@ -255,7 +258,13 @@ class ControlTokens:
                     token |= {"content": name, "normalized": token["normalized"] and kept}
             spec["post_processor"] = None
             _rename_words(spec["model"], names)
-            renamed = Tokenizer.from_str(json.dumps(spec))
+            try:
+                renamed = Tokenizer.from_str(json.dumps(spec))
+            except Exception as error:  # of the Rust library, without a class of its own
+                raise ModelError(
+                    f"a control token of the tokenizer is a part of its words too: {first_line(error)}",
+                    way_out="give the control tokens spellings of their own",
+                ) from error
             table = np.arange(renamed.get_vocab_size(with_added_tokens=True) + len(self._added) + 1)
             controls = {}
             for text, own in self._added.items():
