@@ -335,6 +335,7 @@ def test_a_row_is_opened_from_the_table_and_from_the_picture(visit: Open, run_id
     page = visit(f"/run/{run_id}/examples").page
     page.wait_for_selector("tr[data-id]")
     assert "<img src=x onerror=alert(1)>" in page.inner_text(".list")
+    assert page.locator("tr[data-id='0'] .preview").inner_text().startswith("What is 7 and 7? … It is 14.")
     assert "\u202e" not in page.inner_text("main")
     page.locator("tr[data-id='1'] a").press("Enter")
     page.wait_for_selector("[role=listbox]")

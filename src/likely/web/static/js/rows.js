@@ -106,8 +106,7 @@ export class RowsTable {
   table({ rows, next, previous }) {
     if (!rows.length) return notice("No row is like that.");
     const columns = COLUMNS.filter(({ base }) => !base || this.set.has_base);
-    const alike = commonBeginning(rows.map(({ text }) => text));
-    const cell = (row, { head, kind, draw }) => h(head ? "th" : "td", { scope: head && "row", class: kind }, draw(row, this.link(row.id), alike));
+    const cell = (row, { head, kind, draw }) => h(head ? "th" : "td", { scope: head && "row", class: kind }, draw(row, this.link(row.id)));
     const cells = (row) => columns.map((column) => cell(row, column));
     const whole = h(
       "table",
@@ -161,16 +160,14 @@ function changeWords({ change }) {
   return h("span", { class: name }, h("span", { "aria-hidden": "true" }, sign), ` ${signed(change)}`);
 }
 
-/** How many characters all of some texts begin with, such as those of a system prompt; it ends with a word. */
-function commonBeginning([first = "", ...others]) {
-  let length = 0;
-  while (others.length && length < first.length && others.every((text) => text[length] === first[length])) length += 1;
-  return first.slice(0, length).search(/\S*$/);
+/** A row's last turn before what is trained, and the beginning of that; all of its text where no turns are told apart. */
+function preview({ text }) {
+  const [prompt, ...answer] = text.split(" … ");
+  const turns = prompt.split(/<\|\w+\|>/).map((turn) => turn.trim()).filter((turn) => turn.includes("\n"));
+  const asked = turns.at(-1)?.replace(/^(system|user|assistant|tool)\n/, "");
+  const shown = asked && answer.length ? [asked, ...answer].join(" … ") : text;
+  return h("span", { class: "clamp", dir: "auto" }, harmless(shown));
 }
-
-/** A row's text without what all rows of the page begin with. */
-const preview = ({ text }, _, alike) =>
-  h("span", { class: "clamp", dir: "auto" }, harmless(alike > 10 ? `…${text.slice(alike)}` : text));
 
 const rowLink = ({ source }, href) => h("a", { href }, harmless(source.split(/[\\/]/).at(-1)));
 
