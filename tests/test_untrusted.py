@@ -447,6 +447,25 @@ def test_broken_tokenizers(model_dir: Path, data: str, change: Change, words: tu
     assert all(word in str(caught.value) for word in words)
 
 
+@pytest.mark.parametrize("where", ["vocabulary", "added token"])
+@pytest.mark.parametrize("verb", ["train", "check"])
+def test_an_id_beyond_all_vocabularies(model_dir: Path, data: str, tmp_path: Path, where: str, verb: str) -> None:
+    """The library would take memory for each id below it, and end the process when there is no more."""
+    path = model_dir / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if where == "vocabulary":
+        content["model"]["vocab"]["zzz"] = 4_000_000_000
+    else:
+        content["added_tokens"][0]["id"] = 4_000_000_000
+    path.write_text(json.dumps(content), encoding="utf-8")
+    act = {
+        "train": lambda: likely.train(model=str(model_dir), data=data, output=str(tmp_path / "run")),
+        "check": lambda: likely.check(data=data, model=str(model_dir)),
+    }
+    with pytest.raises(ModelError, match=r"tokenizer\.json: a token has id 4000000000, over the limit of 10,000,000"):
+        act[verb]()
+
+
 def test_a_vocabulary_smaller_than_the_tokenizer(model_dir: Path, data: str, tmp_path: Path) -> None:
     def shrink(found: dict[str, torch.Tensor]) -> None:
         for name in ("lm_head.weight", "model.embed_tokens.weight"):

@@ -29,6 +29,7 @@ CONVERT = "load it once where you trust it and write safetensors: model.save_pre
 
 MAX_JSON_BYTES = {"tokenizer.json": 128 << 20, "vocab.json": 128 << 20, INDEX: 32 << 20}
 MAX_OTHER_JSON_BYTES = 8 << 20
+MAX_TOKEN_ID = 10_000_000  # the tokenizers library makes a table that is as long as the largest id
 MAX_DEPTH = 32
 MAX_EXPERTS = 4096
 MAX_LABELS = 100_000  # of a classifier, which no model here is, but transformers makes a name for each
@@ -39,6 +40,7 @@ JSON_OF_A_MODEL = ("config.json", "generation_config.json", "tokenizer_config.js
 
 _LAYERS = re.compile(r"n_layers?|num_(hidden_)?layers|num_(en|de)coder_layers|(en|de)coder_layers")
 _EXPERTS = re.compile(r"(n|num)_.*experts")
+_LARGE_NUMBER = re.compile(rb"[:,\[]\s*\d{8,}")
 _VOCABULARY = "vocab_size"
 _UNSAFE_TORCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
@@ -223,6 +225,22 @@ def _check_files(folder: Path) -> None:
         limit = MAX_JSON_BYTES.get(path.name, MAX_OTHER_JSON_BYTES)
         if path.suffix == ".json" and path.stat().st_size > limit:
             raise ModelError(f"{path.stat().st_size:,} bytes, over the limit of {limit:,}", place=str(path))
+        if path.name == "tokenizer.json":
+            _check_token_ids(path)
+
+
+def _check_token_ids(path: Path) -> None:
+    if not _LARGE_NUMBER.search(path.read_bytes()):  # many times faster than to read it all
+        return
+    content = read_json(path)
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [value for key, value, _ in _walk({**content, "model": None}) if key == "id"]
+    largest = max((value for value in ids if isinstance(value, int)), default=0)
+    if largest > MAX_TOKEN_ID:
+        message = f"a token has id {largest}, over the limit of {MAX_TOKEN_ID:,}"
+        raise ModelError(message, place=str(path), way_out="copy or download the model's files again")
 
 
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
