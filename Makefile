@@ -21,7 +21,8 @@ demo: $(STAMP)
 
 # Everything that must hold: style, types, structure, behaviour.
 test: check
-	$(BIN)/python -m pytest
+	# Two processes: many tests wait for a process or a browser. A file stays in one, for what its tests share.
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The quick part: no model is run.
 check: $(STAMP)
