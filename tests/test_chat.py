@@ -309,6 +309,8 @@ def test_a_model_without_a_template(
     first, second = said.out.splitlines()[0], said.out.splitlines()[-1]
     assert first == second  # each line is a prompt of its own
     assert "no chat template" in said.err
+    assert "(cut after 3 tokens)" in said.err
+    assert "saved to r.jsonl; its last answer was cut" in said.err
     assert set(json.loads((tmp_path / "r.jsonl").read_text(encoding="utf-8"))) == {"prompt", "completion"}
 
 
@@ -390,7 +392,9 @@ def test_in_a_terminal(run: str, tmp_path: Path) -> None:
     """Editing, history, colours, Ctrl-C in an answer and at the prompt, as a person would."""
     name = f"likely-{os.getpid()}"
     socket = ["tmux", "-L", name]
-    command = f"exec {sys.executable} -m likely chat {run} --dtype float32 --max-tokens 2000000"
+    # tmux does not always tell how a command ended; a shell does. It gets each Ctrl-C too.
+    code = tmp_path / "code"
+    command = f"trap : INT; {sys.executable} -m likely chat {run} --dtype float32 --max-tokens 2000000; echo $? > {code}"
     environment = {**os.environ, "TERM": "xterm-256color", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     environment.pop("NO_COLOR", None)
 
@@ -410,7 +414,6 @@ def test_in_a_terminal(run: str, tmp_path: Path) -> None:
 
     try:
         tmux("new-session", "-d", "-x", "100", "-y", "40", command)
-        tmux("set-option", "remain-on-exit", "on")
         wait_for("/help")
         tmux("send-keys", "Capital of Frances?", "Left", "BSpace", "Enter")  # the line is edited
         wait_for("Paris.")
@@ -419,9 +422,13 @@ def test_in_a_terminal(run: str, tmp_path: Path) -> None:
         tmux("send-keys", "/reset", "Enter")
         tmux("send-keys", "Up", "Up", "Up", "Enter")  # the history
         wait_for("> Capital of France?\nParis.", times=2)
-        time.sleep(0.5)  # a person reads the answer before the next key
+        wait_for("> Capital of France?\nParis.\n>\n")  # the next prompt, at which the next key is pressed
+        time.sleep(0.5)
         tmux("send-keys", "C-c")
-        wait_for("status 130")
+        deadline = time.monotonic() + 60
+        while not (code.exists() and code.read_text(encoding="utf-8").endswith("\n")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert code.read_text(encoding="utf-8") == "130\n"
     finally:
         tmux("kill-server")
 

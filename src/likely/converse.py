@@ -215,6 +215,8 @@ def _command(word: str, rest: str, speaking: list[Voice], terminal: Terminal) ->
         if not rest:
             raise ConfigError("no file is named", way_out="write /save FILE.jsonl")
         speaking[-1].save(Path(rest))
-        terminal.complain(f"saved to {rest}")
+        last = speaking[-1].last
+        cut = last is not None and not last.stopped
+        terminal.complain(f"saved to {rest}{'; its last answer was cut, and ends there as a row too' if cut else ''}")
     else:
         raise ConfigError(f"unknown command {word}", way_out="see /help; // begins a message with a slash")
