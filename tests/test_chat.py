@@ -394,7 +394,8 @@ def test_in_a_terminal(run: str, tmp_path: Path) -> None:
     socket = ["tmux", "-L", name]
     # tmux does not always tell how a command ended; a shell does. It gets each Ctrl-C too.
     code = tmp_path / "code"
-    command = f"trap : INT; {sys.executable} -m likely chat {run} --dtype float32 --max-tokens 2000000; echo $? > {code}"
+    chat = f"{sys.executable} -m likely chat {run} --dtype float32 --max-tokens 2000000"
+    command = f"trap : INT; {chat}; echo $? > {code}"
     environment = {**os.environ, "TERM": "xterm-256color", "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     environment.pop("NO_COLOR", None)
 
