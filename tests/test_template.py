@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -164,6 +168,66 @@ def test_secrets_do_not_reach_the_child(monkeypatch: pytest.MonkeyPatch) -> None
     with open(f"/proc/{templates._child[0]._process.pid}/environ", "rb") as file:  # noqa: PTH123
         assert b"hf_secret" not in file.read()
     templates._child[0].stop()
+
+
+def descendants(pid: int) -> set[int]:
+    """Processes below one, by the ids of parents in /proc."""
+    parent = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found, more = set[int](), {pid}
+    while more:
+        found |= more
+        more = {child for child, above in parent.items() if above in more}
+    return found - {pid}
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+FOR_EVER = """
+import functools, sys
+from likely.data.parallel import Workers
+from likely.data.template import Ask, ChatTemplate
+work = functools.partial(ChatTemplate.texts, ChatTemplate({"default": sys.argv[1]}, {}), [{"content": "a"}], ())
+many = [Ask(1)] * 3000  # which may take over 30 s of a processor
+if sys.argv[2] == "workers":
+    with Workers(1) as workers:
+        list(workers.map(work, [many]))
+work(many)
+"""
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+ONE_OPERATION = "{{ 7 ** 99999999 }}"  # no Python runs in the child meanwhile
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="the system shows no processes")  # noqa: PTH110
+@pytest.mark.parametrize(("source", "where"), [(LOOP, "here"), (ONE_OPERATION, "here"), (LOOP, "workers")])
+def test_nothing_outlives_a_parent_that_is_killed(source: str, where: str) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", FOR_EVER, source, where], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        below: set[int] = set()
+        while not any("jinja_child" in Path(f"/proc/{pid}/cmdline").read_text() for pid in below):
+            assert time.monotonic() < deadline
+            below = {pid for pid in descendants(parent.pid) if is_alive(pid)}
+            time.sleep(0.05)
+        time.sleep(0.5)  # into the template
+        assert all(map(is_alive, below))
+    finally:
+        parent.kill()
+        parent.wait()
+    deadline = time.monotonic() + 4
+    while any(map(is_alive, below)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = list(filter(is_alive, below))
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
 
 
 def test_the_answers_of_the_child_by_itself() -> None:

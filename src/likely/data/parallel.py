@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -126,7 +127,17 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
+def _end_with_parent() -> None:
+    """A parent that is killed can't end its workers, and they would wait for work for ever: each holds both ends of the
+    queue that they share."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _start() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True, name="parent").start()
     # An interrupt is the parent's to handle; a worker would only add its traceback.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # One process for each processor is enough of threads.
