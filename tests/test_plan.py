@@ -137,18 +137,47 @@ def test_a_cluster_is_read_from_its_words() -> None:
     assert found == Cluster(64, 80e9, 4, 4e14, 3e11, 5e10)
     assert (found.hosts, found.bandwidth) == (16, 5e10)
     assert Cluster(8).bandwidth == 3e11
-    for wrong in (
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
         "",
+        ",",
         "memory=80GB",
+        "gpus",
+        "gpus=",
         "gpus=0",
+        "gpus=-8",
         "gpus=2.5",
+        "gpus=1e9",
+        "gpus=1e999",
+        "gpus=nan",
+        "gpus=٨",
         "gpus=8,gpus=9",
         "gpus=8,disc=2GB",
         "gpus=many",
+        "gpus=8,per_host=0",
         "gpus=8,memory=0",
-    ):
-        with pytest.raises(ConfigError):
-            read_cluster(wrong)
+        "gpus=8,memory=80",
+        "gpus=8,memory=80TB",
+        "gpus=8,memory=nanGB",
+        "gpus=8,network=40/s",
+        "gpus=8,rate=400",
+    ],
+)
+def test_what_is_no_plan(wrong: str) -> None:
+    """One line, which says what was meant where a unit is missing."""
+    with pytest.raises(ConfigError) as caught:
+        read_cluster(wrong)
+    assert caught.value.exit_code == 2
+    assert str(caught.value).startswith("--plan: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_without_words_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a plan needs gpus"):
+        likely.check(model="m", data=str(tmp_path / "d.jsonl"), plan="")
 
 
 def test_imbalance_is_that_of_the_rule_that_deals() -> None:

@@ -61,7 +61,7 @@ def check(data: str, settings: CheckSettings, display: Display) -> dict[str, Any
         LikelyError: there is no such file or model, or the tokenizer can't be used.
     """
     started = time.perf_counter()
-    cluster = planning.read_cluster(settings.plan) if settings.plan else None
+    cluster = planning.read_cluster(settings.plan) if settings.plan is not None else None
     job, judge = _jobs(settings)
     with Workers(settings.processes) as workers:
         limit, has_template = next(workers.map(prepare, [job]))

@@ -32,6 +32,16 @@ BYTES_AN_UPDATE = 4 * 7  # of a trained number: weight, gradient and two moments
 RESERVED = 2e9  # bytes of a GPU that the driver, the libraries and fragments of memory take
 USABLE = 0.92  # share of the rest that may be planned with
 UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+# What a value can be: beyond that a unit was forgotten or mistaken, and the plan would be nonsense in earnest words.
+BOUNDS = {
+    "gpus": (1, 1 << 20),
+    "per_host": (1, 1 << 20),
+    "memory": (1e9, 1e13),
+    "rate": (1e9, 1e18),
+    "link": (1e6, 1e14),
+    "network": (1e6, 1e14),
+    "disk": (1e6, 1e14),
+}
 
 
 @dataclass(frozen=True)
@@ -73,23 +83,26 @@ def read_cluster(text: str) -> Cluster:
     """``gpus=64,memory=80GB,network=50GB/s`` and so on; see :class:`Cluster`.
 
     Raises:
-        ConfigError: an unknown name or a value that is no number with a unit.
+        ConfigError: an unknown name, or a value that is no number with a unit or out of its bounds.
     """
     known = {field.name for field in fields(Cluster)}
     values: dict[str, float] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         name, _, value = part.partition("=")
-        found = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)([KMGT]?)(?:B|FLOPS)?(?:/s)?", value, re.IGNORECASE)
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([KMGT]?)(?:B|FLOPS)?(?:/s)?", value, re.IGNORECASE)
         if name not in known or name in values or found is None:
             raise ConfigError(
                 f"{part!r} is no part of a plan", place="--plan", way_out=f"known once each: {', '.join(sorted(known))}"
             )
         values[name] = float(found[1]) * UNITS[found[2].upper()]
-    for name in ("gpus", "per_host"):
-        if name in values and not (values[name].is_integer() and 1 <= values[name] <= 1 << 20):
-            raise ConfigError(f"{name}={values[name]:g} is no count of GPUs", place="--plan")
-    if "gpus" not in values or not all(values.values()):
-        raise ConfigError("a plan needs gpus, and no value may be 0", place="--plan", way_out="gpus=64,memory=80GB")
+        least, most = BOUNDS[name]
+        whole = name in {"gpus", "per_host"}
+        if not least <= values[name] <= most or (whole and values[name] % 1):
+            what = "no count of GPUs" if whole else f"{values[name]:g} {'operations' if name == 'rate' else 'bytes'}"
+            unit = "" if whole else "; write a unit, as in memory=80GB, network=40GB/s, rate=400TFLOPS"
+            raise ConfigError(f"{part} is {what}", place="--plan", way_out=f"{least:,.0f} to {most:,.0f} can be{unit}")
+    if "gpus" not in values:
+        raise ConfigError("a plan needs gpus", place="--plan", way_out="gpus=64,memory=80GB")
     counts = {name: int(values.pop(name)) for name in ("gpus", "per_host") if name in values}
     return Cluster(**counts, **values)  # type: ignore[arg-type]
 
