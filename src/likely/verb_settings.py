@@ -52,25 +52,30 @@ class ExplainSettings(BaseModel):
         return self
 
 
-class CheckSettings(BaseModel):
-    """What ``likely check`` is asked. Fields that a training has too mean the same there."""
+class ReadSettings(BaseModel):
+    """Which model reads the data, and how: what every verb is asked that reads them as a training does."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     model: Name = _as_in_training("model")
-    eval_data: DataFiles | None = Field(None, description="held-out data: looked for in the training data")
-    eval_share: Number | None = _as_in_training("eval_share")
-    max_length: PositiveInt | None = _as_in_training("max_length")
-    train_on: Literal["assistant", "last_assistant", "all"] = _as_in_training("train_on")
-    prompt_weight: Number = _as_in_training("prompt_weight")
     format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = _as_in_training(
         "format"
     )
     columns: str | None = _as_in_training("columns")
     template: Literal["auto", "chat", "raw"] = _as_in_training("template")
     template_date: Day = _as_in_training("template_date")
-    on_bad_row: Literal["error", "skip"] = _as_in_training("on_bad_row")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a row that is wrong, or leave it out")
     on_too_long: Literal["error", "drop", "truncate_left", "truncate_right"] = _as_in_training("on_too_long")
+    max_length: PositiveInt | None = _as_in_training("max_length")
+
+
+class CheckSettings(ReadSettings):
+    """What ``likely check`` is asked. Fields that a training has too mean the same there."""
+
+    eval_data: DataFiles | None = Field(None, description="held-out data: looked for in the training data")
+    eval_share: Number | None = _as_in_training("eval_share")
+    train_on: Literal["assistant", "last_assistant", "all"] = _as_in_training("train_on")
+    prompt_weight: Number = _as_in_training("prompt_weight")
     epochs: Number = _as_in_training("epochs")
     steps: PositiveInt | None = _as_in_training("steps")
     batch_size: PositiveInt = _as_in_training("batch_size")
@@ -89,23 +94,11 @@ class CheckSettings(BaseModel):
         return self
 
 
-class LookSettings(BaseModel):
+class LookSettings(ReadSettings):
     """What ``likely score`` and ``likely evaluate`` are asked. The data are read as a training reads its held-out data,
     so that whatever was trained on can be scored."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    model: Name = _as_in_training("model")
     base: Name | None = Field(None, description="a second model to compare with")
-    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = _as_in_training(
-        "format"
-    )
-    columns: str | None = _as_in_training("columns")
-    template: Literal["auto", "chat", "raw"] = _as_in_training("template")
-    template_date: Day = _as_in_training("template_date")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a row that is wrong, or leave it out")
-    on_too_long: Literal["error", "drop", "truncate_left", "truncate_right"] = _as_in_training("on_too_long")
-    max_length: PositiveInt | None = _as_in_training("max_length")
     seed: int = Field(0, ge=0, lt=2**64, description="chooses the rows of a mix of files")
     nproc: PositiveInt | None = _as_in_training("nproc")
 
@@ -178,27 +171,16 @@ class ChatSettings(BaseModel):
         return self
 
 
-class CurveSettings(BaseModel):
+class CurveSettings(ReadSettings):
     """What ``likely curve`` is asked. All but ``seeds``, ``shares``, ``resume`` and ``nproc`` is a setting of each
     training."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    model: Name = _as_in_training("model")
     data: DataFiles = _as_in_training("data")
     eval_data: DataFiles | None = _as_in_training("eval_data")
     eval_share: Number | None = _as_in_training("eval_share")
     output: Annotated[Name, AfterValidator(a_folder)] = Field(description="folder to create, for every point")
     seeds: PositiveInt = Field(3, description="trainings of each size: with the seeds --seed, --seed + 1 and so on")
     shares: str = Field("1/8,1/4,1/2,1", description="shares of the training rows, one training each and seed")
-    format: Literal["auto", "messages", "prompt_completion", "sharegpt", "alpaca", "text", "tokens"] = _as_in_training(
-        "format"
-    )
-    columns: str | None = _as_in_training("columns")
-    template: Literal["auto", "chat", "raw"] = _as_in_training("template")
-    template_date: Day = _as_in_training("template_date")
-    on_bad_row: Literal["error", "skip"] = Field("error", description="stop at a row that is wrong, or leave it out")
-    on_too_long: Literal["error", "drop", "truncate_left", "truncate_right"] = _as_in_training("on_too_long")
     epochs: Number = Field(3.0, gt=0, description="passes over the rows of each training, whatever their number")
     steps: PositiveInt | None = Field(None, description="optimizer steps of each training alike, instead of epochs")
     batch_size: PositiveInt = _as_in_training("batch_size")
@@ -212,7 +194,6 @@ class CurveSettings(BaseModel):
     lora_rank: PositiveInt = _as_in_training("lora_rank")
     lora_alpha: Number | None = _as_in_training("lora_alpha")
     dtype: Literal["auto", "float32", "bfloat16"] = _as_in_training("dtype")
-    max_length: PositiveInt | None = _as_in_training("max_length")
     pack_tokens: PositiveInt | None = _as_in_training("pack_tokens")
     activation_checkpointing: Literal["auto", "none", "full"] = _as_in_training("activation_checkpointing")
     train_on: Literal["assistant", "last_assistant", "all"] = _as_in_training("train_on")
