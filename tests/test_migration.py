@@ -307,6 +307,15 @@ def test_all_of_transformers_own_arguments_are_known(tmp_path: Path) -> None:
     assert [str(note) for note in found.notes if "not known" in note.text] == []
 
 
+def test_a_mixture_says_what_is_held_out_and_taken(tmp_path: Path) -> None:
+    parts = "  datasets:\n    - {id: o/a, weight: 1.0}\n    - {id: o/b, weight: 0.5, columns: [messages]}\n"
+    found = carried(tmp_path, "trl", f"dataset_mixture:\n{parts}")
+    assert "every row is trained on" in told(found, "eval_strategy")
+    assert "that share of its rows" in told(found, "dataset_mixture.datasets.1.weight")
+    assert "every row is looked at" in told(found, "dataset_mixture.datasets.1.columns")
+    assert not [note for note in found.notes if note.key == "dataset_mixture.datasets.0.weight"]
+
+
 # --- Axolotl ---
 
 
@@ -350,6 +359,20 @@ def test_axolotl(tmp_path: Path) -> None:
         ("train_on_inputs: true", {"train_on": "all"}),
         ("batch_size: 32\nmicro_batch_size: 4", {"batch_size": 32}),
         ("max_steps: 100\nwarmup_steps: 10", {"steps": 100, "warmup": 0.1}),
+        ("max_steps: 50\nwarmup_steps: 0.1", {"steps": 50, "warmup": 0.1}),
+        ("warmup_steps: 0.2", {"warmup": 0.2}),
+        (
+            "datasets:\n  - {path: a.jsonl, type: completion, field: body}\n  - {path: b.jsonl, type: completion}",
+            {"data": "a.jsonl,b.jsonl", "format": "text", "columns": None},
+        ),
+        (
+            "datasets:\n  - {path: org/name, data_files: [in/a.json]}\n  - {path: 's3://bucket/b.jsonl'}",
+            {"data": "CHANGE_ME,CHANGE_ME"},
+        ),
+        (
+            "datasets: [{path: a.jsonl, type: chat_template, message_field_role: from, field_messages: conversations}]",
+            {"data": "a.jsonl", "format": "sharegpt", "columns": None},
+        ),
         ("val_set_size: 0.05\neval_steps: 20\nearly_stopping_patience: 3", {"eval_share": 0.05, "patience": 3}),
         ("val_set_size: 0.0\neval_steps: 20", {"eval_share": 0.0, "eval_every": None}),
         ("wandb_project: p\nuse_tensorboard: true", {"track": "wandb,tensorboard"}),
@@ -422,6 +445,7 @@ def test_names_of_data_that_cannot_be_found_are_told(tmp_path: Path) -> None:
         ("train_on_prompt: true", {"train_on": "all"}),
         ("mask_history: true", {"train_on": "last_assistant"}),
         ("stage: pt", {"train_on": "all"}),
+        ("do_train: true\ndo_predict: true", {"train_on": "assistant"}),
         ("finetuning_type: full", {"tune": "full", "lora_rank": None}),
         ("quantization_bit: 4", {"tune": "qlora"}),
         ("report_to: [mlflow]", {"track": "mlflow"}),
@@ -504,6 +528,18 @@ def test_names_of_data_sets_are_those_that_training_reads(tmp_path: Path, traine
         ("axolotl", 'evaluation_strategy: "no"', "held-out rows are scored before and after"),
         ("axolotl", "eaft_alpha: 1.0", "another objective"),
         ("axolotl", "skip_prepare_dataset: true", "rows are text"),
+        ("axolotl", "evals_per_epoch: 0", "nothing is evaluated on the way"),
+        ("axolotl", "tensor_parallel_size: 2", "one row is computed on one device"),
+        ("axolotl", "dp_shard_size: 2", "several devices"),
+        ("axolotl", "shuffle_merged_datasets: false", "no counterpart: rows are shuffled anew"),
+        ("axolotl", "shuffle_merged_datasets: true", "not needed: rows are shuffled anew"),
+        ("axolotl", "qat: {group_size: 32}", "not rounded"),
+        ("trl", "dataset_mixer: {a/b: 1.0}", "name the data sets in data"),
+        ("llamafactory", "use_muon: true", "AdamW is the only optimizer"),
+        ("llamafactory", "use_dora: true", "plain LoRA takes its place"),
+        ("llamafactory", "enable_thinking: false", "thoughts are written by"),
+        ("llamafactory", "fp8: true", "float32 or bfloat16"),
+        ("llamafactory", "freeze_trainable_layers: 2", "all weights are trained"),
         ("llamafactory", "oft_block_size: 32", "plain LoRA takes its place"),
         ("llamafactory", "badam_switch_interval: 50", "AdamW is the only optimizer"),
         ("llamafactory", "sequence_parallel_size: 4", "one row is computed on one device"),
@@ -541,6 +577,13 @@ def test_every_key_is_accounted_for(tmp_path: Path, trainer: Any) -> None:
         ("axolotl", "base_model: m\nrl: dpo\n", ":2: rl is dpo"),
         ("llamafactory", "stage: dpo\n", ":1: stage is dpo"),
         ("openai", '{"method": {"type": "dpo"}}', "only supervised"),
+        ("openai", '{"object": "list", "data": []}', "one fine_tuning.job"),
+        ("trl", "beta: 0.1\n", ":1: beta is 0.1; it is none of SFTConfig's"),
+        ("trl", "num_generations: 7\n", "it is none of SFTConfig's"),
+        ("axolotl", "gkd_trainer: true\n", "only supervised"),
+        ("axolotl", "model_type: AutoModelForSequenceClassification\n", "causal"),
+        ("axolotl", "datasets: [{path: json, data_files: {train: a}}]\n", ":1: datasets.0.data_files"),
+        ("llamafactory", "stage: sft\ndo_predict: true\n", ":2: do_predict is true; nothing is trained there"),
         ("trl", "learning_rate: fast\n", ":1: learning_rate is fast"),
         ("trl", "max_steps: 1.5\n", ":1: max_steps is 1.5"),
         ("trl", "packing: perhaps\n", "true or false"),

@@ -157,7 +157,7 @@ WITHIN = {
         "curve_page",
     ],
     "web": ["access", "jobs", "tail", "index", "table", "runs", "scores", "asks", "app", "serve"],
-    "migration": ["foreign", "huggingface", "trl", "llamafactory", "axolotl", "openai", "carry"],
+    "migration": ["foreign", "huggingface", "trl", "llamafactory", "axolotl_data", "axolotl", "openai", "carry"],
     "training": [
         "ahead",
         "signs",

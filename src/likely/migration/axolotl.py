@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from likely.migration.axolotl_data import read_data
 from likely.migration.foreign import Foreign
 from likely.migration.huggingface import (
     ABOUT_FILES,
@@ -18,12 +17,18 @@ from likely.migration.huggingface import (
     read_warmup_steps,
 )
 from likely.migration.huggingface import (
+    BY_PREFIX as PREFIX_ANYWHERE,
+)
+from likely.migration.huggingface import (
     LACKING as LACKING_ANYWHERE,
 )
 
+OF_OTHER_METHODS = (
+    "rl", "reward_model", "process_reward_model", "num_labels", "kd_trainer", "gkd_trainer", "block_diffusion",
+    "diffusion",
+)  # fmt: skip
 SEQUENCE = 512  # where nothing is said
 WARMUP = 0.03
-FORMATS = {"alpaca": "alpaca", "completion": "text", "chat_template": "messages", "input_output": None}
 EXCESS = {"drop": "drop", "truncate": "truncate_right", "raise": "error"}
 OF_MEMORY = [
     "flash_attention", "sdp_attention", "xformers_attention", "flex_attention", "eager_attention", "s2_attention",
@@ -34,11 +39,12 @@ OF_MEMORY = [
     "lora_on_cpu", "cut_cross_entropy", "liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm",
     "liger_fused_linear_cross_entropy", "chunked_cross_entropy", "dataset_keep_in_memory", "eval_sequence_len",
     "heads_k_stride", "embeddings_skip_upcast", "qlora_sharded_model_loading", "attention", "attn_implementation",
-    "bfloat16",
+    "bfloat16", "use_kernels", "use_scattermoe", "use_sonicmoe", "tiled_mlp", "experts_implementation",
+    "experimental_skip_move_to_device",
 ]  # fmt: skip
 OF_THE_MODEL = [
     "model_type", "tokenizer_type", "is_llama_derived_model", "is_mistral_derived_model", "is_qwen_derived_model",
-    "is_falcon_derived_model", "lora_fan_in_fan_out", "strict",
+    "is_falcon_derived_model", "lora_fan_in_fan_out", "strict", "tokenizer_use_fast", "tokenizer_legacy",
 ]  # fmt: skip
 OF_FILES = [
     "dataset_prepared_path", "wandb_project", "wandb_entity", "wandb_watch", "wandb_name", "wandb_run_id",
@@ -54,6 +60,7 @@ LACKING = {
     "chat_template_jinja": "the template is the one that the tokenizer brings; save it with the model",
     "default_system_message": "the template is the one that the tokenizer brings",
     "lora_modules_to_save": "modules beside the adapters are not trained; tune full trains all",
+    "lora_target_parameters": "adapters stand on linear layers",
     "peft_use_dora": "plain LoRA takes its place",
     "peft_use_rslora": "plain LoRA takes its place; set lora_alpha to alpha x the square root of the rank",
     "peft_layers_to_transform": "adapters stand in all layers",
@@ -64,17 +71,18 @@ LACKING = {
     "relora": "plain LoRA takes its place",
     "unfrozen_parameters": "tune full trains all weights, and lora none of the model's own",
     "load_in_8bit": "the base is held in four bits or as it is",
+    "model_quantization_config": "a quantised base can't be trained on",
+    "qat": "weights are not rounded while they are trained",
+    "float16": "half precision is not there; bfloat16 where the device is fast at it",
+    "fp8": "products are float32 or bfloat16",
+    "eval_max_new_tokens": "likely evaluate --generate has a bound of its own",
     "gptq": "a quantised base can't be trained on",
     "cosine_min_lr_ratio": "the rate falls to 0",
     "cosine_constant_lr_ratio": "the rate falls to 0",
     "curriculum_sampling": "rows are shuffled anew each epoch",
     "dataset_exact_deduplication": "likely check lists duplicates; each row counts as often as it is there",
-    "shuffle_merged_datasets": "rows are shuffled anew each epoch",
     "min_sample_len": "every row counts",
     "plugins": "code that a file names is never run",
-    "sequence_parallel_degree": "one row is computed on one device",
-    "context_parallel_size": "one row is computed on one device",
-    "tensor_parallel_size": "one row is computed on one device",
     "do_bench_eval": "likely evaluate tells other measures",
     "do_causal_lm_eval": "likely evaluate --generate compares answers",
     "eval_causal_lm_metrics": "likely evaluate --generate compares answers",
@@ -93,6 +101,10 @@ LACKING = {
     "skip_prepare_dataset": "rows are text, and always prepared",
     "cls_model_config": "the configuration is the model folder's own",
 }
+OF_ONE_ROW = dict.fromkeys(
+    ("sequence_parallel_degree", "context_parallel_size", "tensor_parallel_size"), "one row is computed on one device"
+)
+SHUFFLED = "rows are shuffled anew each epoch"
 BY_PREFIX = {
     "eaft_": "another objective than the likelihood",
     "gptq_": "a quantised base can't be trained on",
@@ -102,11 +114,14 @@ BY_PREFIX = {
 
 def read(job: Foreign) -> None:
     """Fill the settings of a job; see :mod:`likely.migration.foreign`."""
-    for key in ("rl", "reward_model", "process_reward_model"):
+    for key in OF_OTHER_METHODS:
         if job.value(key):
             raise job.wrong(key, "only supervised fine-tuning can be carried over")
+    kind = str(job.value("model_type", ""))
+    if kind.startswith("AutoModelFor") and kind != "AutoModelForCausalLM":
+        raise job.wrong("model_type", "only causal language models can be trained")
     job.carry("model", job.text("base_model", "CHANGE_ME"), "base_model")
-    _data(job)
+    read_data(job)
     job.carry("output", job.text("output_dir", "./model-out"), "output_dir")
     _long_rows(job)
     _steps(job)
@@ -117,6 +132,10 @@ def read(job: Foreign) -> None:
     asked = [name for name in ("wandb", "mlflow", "tensorboard") if _is_tracked(job, name)]
     carry_trackers(job, "wandb_project", asked)
     job.seed("the same number gives another order of rows and other adapters than there")
+    if job.switch("shuffle_merged_datasets", default=True):
+        job.not_needed(["shuffle_merged_datasets"], SHUFFLED)
+    else:
+        job.lacks("shuffle_merged_datasets", SHUFFLED)
     job.not_needed(OF_MEMORY, MEMORY_OR_SPEED)
     job.not_needed(OF_FILES, ABOUT_FILES)
     job.not_needed(OF_THE_MODEL, "the model folder says it, and unknown keys are refused here in any case")
@@ -124,106 +143,12 @@ def read(job: Foreign) -> None:
         job.not_needed([key for key in keys if key not in {*OF_MEMORY, *OF_FILES}], text)
     lacking = LACKING_ANYWHERE | job.beginning(BY_PREFIX) | LACKING
     job.without_counterpart(lacking, off=(False, 0, "none", "no", "every_save"))
+    job.without_counterpart(OF_ONE_ROW | job.beginning(PREFIX_ANYWHERE))
 
 
 def _is_tracked(job: Foreign, name: str) -> bool:
     named = {"wandb": "wandb_project", "mlflow": "mlflow_experiment_name", "tensorboard": "use_tensorboard"}[name]
     return bool(job.values.get(named) or job.values.get(f"use_{name}"))
-
-
-def _data(job: Foreign) -> None:
-    names, formats = _data_sets(job, "datasets")
-    job.carry("data", ",".join(names) or "CHANGE_ME", "datasets")
-    if not names:
-        job.differs("datasets", "nothing names the data: set data to a file or a data set of the hub")
-    if len(formats) == 1 and None not in formats:
-        job.carry("format", formats.pop())
-    if job.value("test_datasets"):
-        held_out, _ = _data_sets(job, "test_datasets")
-        job.carry("eval_data", ",".join(held_out), "test_datasets")
-        job.not_needed(["val_set_size"], "held-out data are given")
-        return
-    share = job.number("val_set_size", 0.0) or 0.0
-    if share >= 1:
-        job.differs("val_set_size", "a number of rows there; eval_share is a share of them")
-    elif share or job.line("val_set_size"):
-        job.carry("eval_share", share)
-        if share:
-            job.differs("val_set_size", "families of like rows stay together on one side of the split here")
-    else:
-        job.differs("val_set_size", "there every row is trained on; here a share is held out, unless eval_share is 0")
-
-
-def _data_sets(job: Foreign, key: str) -> tuple[list[str], set[str | None]]:
-    """Names of data as ours, and the formats of their rows, None for one that only a look at the rows tells."""
-    given = job.value(key, [])
-    if not isinstance(given, list) or not all(isinstance(part, dict) for part in given):
-        raise job.wrong(key, "write a list of mappings with path")
-    names: list[str] = []
-    formats: set[str | None] = set()
-    for number, part in enumerate(given):
-        names += _names_of(job, part, f"{key}.{number}.split")
-        formats.add(_format_of(job, f"{key}.{number}", part))
-        _whose_tokens(job, f"{key}.{number}", part)
-        carried = {"path", "name", "split", "data_files", "type", "field_messages", "message_property_mappings",
-                   "message_field_role", "message_field_content", "roles_to_train", "train_on_eos", "ds_type",
-                   "chat_template", "field", "conversation"}  # fmt: skip
-        for extra in part:
-            if extra not in carried and part[extra] not in (None, False, ""):
-                job.lacks(f"{key}.{number}.{extra}", "see likely train --help for what can be said of rows")
-    return names, formats
-
-
-def _names_of(job: Foreign, part: dict[str, Any], split: str) -> list[str]:
-    files = part.get("data_files")
-    if files and str(part.get("path")) in {"json", "csv", "parquet"}:
-        return [str(file) for file in (files if isinstance(files, list) else [files])]
-    path = str(part.get("path", "CHANGE_ME"))
-    if files:
-        return [f"{path}/{file}" for file in (files if isinstance(files, list) else [files])]
-    return [job.hub_name(path, part.get("name"), part.get("split"), split)]
-
-
-def _format_of(job: Foreign, place: str, part: dict[str, Any]) -> str | None:
-    kind = part.get("type")
-    if isinstance(kind, dict):
-        job.differs(
-            f"{place}.type",
-            "a prompt of its own there; here columns names the columns of a row",
-        )
-        return None
-    word = str(kind).partition(":")[0].partition(".")[0] if kind else ""
-    if word == "chat_template":
-        mapping = part.get("message_property_mappings") or {}
-        role = mapping.get("role", part.get("message_field_role", "role"))
-        messages = part.get("field_messages", "messages")
-        if part.get("chat_template") not in (None, "tokenizer_default"):
-            job.differs(f"{place}.chat_template", "the template is the one that the tokenizer brings")
-        if role == "from" and messages == "conversations":
-            return "sharegpt"
-        if messages != "messages":
-            job.carry("columns", f"messages={messages}")
-        if role != "role":
-            job.lacks(f"{place}.message_property_mappings", "a message has role and content, or from and value")
-        return "messages"
-    if word == "alpaca":
-        job.differs(f"{place}.type", "rows go through the chat template here, and into alpaca's own prompt there")
-    elif word == "completion":
-        if part.get("field") not in (None, "text"):
-            job.carry("columns", f"text={part['field']}")
-    elif word == "sharegpt":
-        return "sharegpt"
-    else:
-        job.differs(f"{place}.type", "every row is looked at for its shape here; likely check shows what is trained")
-    return FORMATS.get(word)
-
-
-def _whose_tokens(job: Foreign, place: str, part: dict[str, Any]) -> None:
-    roles = part.get("roles_to_train")
-    if roles not in (None, ["assistant"], ["gpt"]):
-        job.lacks(f"{place}.roles_to_train", "answers are trained, or with train_on all every token")
-    if part.get("train_on_eos") not in (None, "turn"):
-        job.differs(f"{place}.train_on_eos", "the end of every turn that is trained is trained with it")
 
 
 def _long_rows(job: Foreign) -> None:
@@ -310,16 +235,7 @@ def _adapters(job: Foreign) -> None:
 
 
 def _evaluations(job: Foreign) -> None:
-    for word in ("eval", "save"):
-        ours, steps, epochs = f"{word}_every", f"{word}_steps", f"{word}s_per_epoch"
-        every = job.number(steps)
-        if every is not None and every >= 1:
-            if ours == "save_every" or job.settings.get("eval_share", 1) or "eval_data" in job.settings:
-                job.carry(ours, int(every))
-        elif every:
-            job.differs(steps, f"a share of all steps there; {ours} is a number of steps")
-        if job.value(epochs) is not None:
-            job.differs(epochs, f"{ours} is a number of steps: rows / batch_size / {job.value(epochs)}")
+    _how_often(job)
     for key in ("eval_strategy", "evaluation_strategy", "save_strategy"):
         if job.value(key) not in (None, "steps"):
             job.differs(key, "held-out rows are scored before and after in any case, and checkpoints written by time")
@@ -332,3 +248,21 @@ def _evaluations(job: Foreign) -> None:
         job.differs("early_stopping_patience", "patience counts evaluations: give eval_every with it")
     if job.switch("load_best_model_at_end"):
         job.differs("load_best_model_at_end", "the best model is kept where patience is given, with eval_every")
+
+
+def _how_often(job: Foreign) -> None:
+    for word in ("eval", "save"):
+        ours, steps, epochs = f"{word}_every", f"{word}_steps", f"{word}s_per_epoch"
+        every = job.number(steps)
+        if every is not None and every >= 1:
+            if ours == "save_every" or job.settings.get("eval_share", 1) or "eval_data" in job.settings:
+                job.carry(ours, int(every))
+        elif every:
+            job.differs(steps, f"a share of all steps there; {ours} is a number of steps")
+        times = job.number(epochs)
+        if times:
+            job.differs(epochs, f"{ours} is a number of steps: rows / batch_size / {times:g}")
+        elif ours == "eval_every":
+            job.not_needed([epochs], "nothing is evaluated on the way, there and here")
+        else:
+            job.not_needed([epochs], "a checkpoint is written every ten minutes, or each save_every steps")

@@ -132,9 +132,13 @@ class Foreign:
             value = "CHANGE_ME"
         self.settings[name] = value
 
-    def hub_name(self, name: str, config: Any, split: Any, key: str) -> str:
+    def hub_name(self, name: str, config: Any, split: Any, key: str, named: str) -> str:
         """``org/name:config:split`` without what is the default; a file's name as it is. Of a split that is more than
-        a name, such as ``train[:5%]``, the name alone is carried, which is said of ``key``."""
+        a name, such as ``train[:5%]``, the name alone is carried, which is said of ``key``. ``named`` is the name's
+        own key."""
+        if "://" in name:
+            self.lacks(named, "nothing is fetched from an address: download it, and set data to the file")
+            return "CHANGE_ME"
         if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.lower().endswith(FILE_ENDINGS):
             return name
         asked = str(split or "train").strip()

@@ -26,7 +26,8 @@ NOT_NEEDED = {
         "dataloader_prefetch_factor", "dataloader_multiprocessing_context", "dataloader_in_order",
         "preprocessing_num_workers", "dataset_num_proc", "attn_implementation", "flash_attn", "low_cpu_mem_usage",
         "group_by_length", "length_column_name", "eval_do_concat_batches", "batch_eval_metrics", "padding_free",
-        "pad_to_multiple_of", "skip_memory_metrics", "device_map", "fp16_opt_level", "half_precision_backend",
+        "pad_to_multiple_of", "use_liger", "skip_memory_metrics", "device_map", "fp16_opt_level",
+        "half_precision_backend",
     ],
     ABOUT_FILES: [
         "logging_strategy", "logging_steps", "logging_first_step", "logging_dir", "log_on_each_node", "log_level",
@@ -44,6 +45,7 @@ NOT_NEEDED = {
     "here losses that are not finite stop the run, or are counted by skip_nonfinite": ["logging_nan_inf_filter"],
     "the token mean of a step is one number over all devices here too": ["average_tokens_across_devices"],
 }  # fmt: skip
+DEVICES = "see --help of likely train for how several devices are used"
 LACKING = {
     "neftune_noise_alpha": "noise on the embeddings is another objective than the likelihood",
     "label_smoothing_factor": "smoothed labels are another objective than the likelihood",
@@ -60,16 +62,16 @@ LACKING = {
     "trackio_space_id": "metrics stay on this machine",
     "trackio_bucket_id": "metrics stay on this machine",
     "trackio_static_space_id": "metrics stay on this machine",
-    "fsdp": "see --help of likely train for how several devices are used",
-    "fsdp_config": "see --help of likely train for how several devices are used",
-    "deepspeed": "see --help of likely train for how several devices are used",
-    "parallelism_config": "see --help of likely train for how several devices are used",
-    "accelerator_config": "see --help of likely train for how several devices are used",
-    "ddp_backend": "see --help of likely train for how several devices are used",
-    "ddp_bucket_cap_mb": "see --help of likely train for how several devices are used",
-    "ddp_broadcast_buffers": "see --help of likely train for how several devices are used",
-    "ddp_find_unused_parameters": "see --help of likely train for how several devices are used",
-    "ddp_static_graph": "see --help of likely train for how several devices are used",
+    "fsdp": DEVICES,
+    "fsdp_config": DEVICES,
+    "deepspeed": DEVICES,
+    "parallelism_config": DEVICES,
+    "accelerator_config": DEVICES,
+    "ddp_backend": DEVICES,
+    "ddp_bucket_cap_mb": DEVICES,
+    "ddp_broadcast_buffers": DEVICES,
+    "ddp_find_unused_parameters": DEVICES,
+    "ddp_static_graph": DEVICES,
     "use_cpu": "the best device that is there is used; CUDA_VISIBLE_DEVICES= hides GPUs",
     "dataloader_drop_last": "the last rows of an epoch are never left out; the last step of an epoch is smaller",
     "data_seed": "one seed decides order and new adapters",
@@ -80,6 +82,9 @@ LACKING = {
     "eval_delay": "evaluations begin with the first multiple of eval_every",
     "early_stopping_steps": "give eval_every and patience",
 }
+
+
+BY_PREFIX = {"fsdp_": DEVICES, "dp_": DEVICES, "expert_parallel_": DEVICES, "ray_": DEVICES}
 
 
 def read_training_arguments(job: Foreign, *, learning_rate: float, batch: str = WHOLE_BATCH) -> None:
@@ -139,11 +144,10 @@ def _warmup(job: Foreign) -> None:
         return
     steps, ratio = job.share("warmup_steps") or 0.0, job.share("warmup_ratio") or 0.0
     key = "warmup_steps" if steps else "warmup_ratio"
-    if 0 < steps < 1:  # since transformers 5 a share
-        ratio = steps
-    elif steps:
+    if steps >= 1:
         read_warmup_steps(job, key, steps)
         return
+    ratio = steps or ratio
     if ratio >= 1:
         raise job.wrong(key, "write a share below 1")
     job.carry("warmup", ratio)
@@ -152,7 +156,10 @@ def _warmup(job: Foreign) -> None:
 
 
 def read_warmup_steps(job: Foreign, key: str, steps: float) -> None:
-    """Warm-up in steps: ours is a share of all steps."""
+    """Warm-up in steps: ours is a share of all steps, as theirs is below 1 since transformers 5."""
+    if steps < 1:
+        job.carry("warmup", steps)
+        return
     total = job.settings.get("steps")
     if total and steps < total:
         job.carry("warmup", round(steps / total, 6))

@@ -8,6 +8,7 @@ from typing import Any
 
 from likely.errors import ConfigError
 from likely.migration.foreign import Foreign
+from likely.migration.huggingface import BY_PREFIX as PREFIX_ANYWHERE
 from likely.migration.huggingface import MEMORY_OR_SPEED, carry_lora, read_training_arguments
 
 CUTOFF = 2048  # where nothing is said
@@ -20,14 +21,12 @@ OF_MEMORY = [
 LACKING = {
     "adapter_name_or_path": "name a run folder or an adapter's folder as model to go on with it",
     "tool_format": "tool calls are written by the tokenizer's chat template",
-    "enable_thinking": "thoughts are written by the tokenizer's chat template",
     "max_samples": "all rows are used; make a file of the rows that are meant",
     "streaming": "rows are read in a stream and kept rendered in a cache",
     "mix_strategy": "name shares as data: a.jsonl:0.7,b.jsonl:0.3",
     "interleave_probs": "name shares as data: a.jsonl:0.7,b.jsonl:0.3",
     "media_dir": "rows are text",
     "tokenized_path": "rendered rows are kept in a cache, under a hash of all that made them",
-    "ignore_pad_token_for_loss": "there is no padding",
     "use_dora": NO_LORA_VARIANT,
     "use_rslora": "plain LoRA takes its place; set lora_alpha to alpha x the square root of the rank",
     "pissa_init": NO_LORA_VARIANT,
@@ -49,6 +48,7 @@ LACKING = {
     "resize_vocab": "the vocabulary is not changed",
     "add_tokens": "the vocabulary is not changed",
     "add_special_tokens": "the vocabulary is not changed",
+    "init_special_tokens": "the vocabulary is not changed",
     "new_special_tokens_config": "the vocabulary is not changed",
     "predict_with_generate": "likely evaluate --generate answers held-out prompts",
     "compute_accuracy": "likely evaluate tells accuracy and more",
@@ -59,9 +59,13 @@ LACKING = {
     "hf_hub_token": "no credential is copied; the hub library reads its own",
     "ms_hub_token": "no credential is copied",
     "quantization_method": "tune qlora says how the base is held",
-    "double_quantization": "tune qlora says how the base is held",
     "ray_run_name": "a training is one command on one machine",
     "module_dropout": "adapters have no dropout here",
+}
+ON_UNLESS_TOLD = {
+    "enable_thinking": "thoughts are written by the tokenizer's chat template",
+    "ignore_pad_token_for_loss": "there is no padding",
+    "double_quantization": "tune qlora says how the base is held",
 }
 BY_PREFIX = {
     "apollo_": "AdamW is the only optimizer",
@@ -79,6 +83,8 @@ BY_PREFIX = {
     "video_": "rows are text",
     "audio_": "rows are text",
     "export_": "likely export writes a model for other tools",
+    "freeze_": "all weights are trained, or adapters",
+    "fp8": "products are float32 or bfloat16",
     "infer_": "likely chat and likely evaluate --generate answer",
     "vllm_": "likely chat and likely evaluate --generate answer",
     "sglang_": "likely chat and likely evaluate --generate answer",
@@ -90,6 +96,7 @@ def read(job: Foreign) -> None:
     stage = job.text("stage", "sft")
     if stage not in {"sft", "pt"}:
         raise job.wrong("stage", "only supervised fine-tuning (sft) and training on text (pt) can be carried over")
+    _what_is_done(job)
     job.carry("model", job.text("model_name_or_path", "CHANGE_ME"), "model_name_or_path")
     _data(job)
     job.carry("output", job.text("output_dir", "CHANGE_ME"), "output_dir")
@@ -100,18 +107,29 @@ def read(job: Foreign) -> None:
         "cutoff_len",
         f"{told}longer rows lose a share of both prompt and answer there, and stop the run here; see on_too_long",
     )
-    packing = job.switch("packing") or job.switch("neat_packing")
+    packing = job.switch("packing", default=stage == "pt") or job.switch("neat_packing")
     batch = "packed blocks of cutoff_len tokens there, each of several rows, and rows here" if packing else None
     read_training_arguments(job, learning_rate=5e-5, **({"batch": batch} if batch else {}))
-    if job.switch("packing") and not job.switch("neat_packing"):
+    if packing and not job.switch("neat_packing"):
         job.differs("packing", "rows of a block see each other there, and never here")
     job.not_needed(["packing", "neat_packing"] if not packing else ["neat_packing"], MEMORY_OR_SPEED)
     _tuning(job)
     if job.text("template") is not None:
         job.differs("template", "a template of its own there; here the chat template that the tokenizer brings is used")
     job.not_needed(OF_MEMORY, MEMORY_OR_SPEED)
-    lacking = job.beginning(BY_PREFIX) | LACKING
-    job.without_counterpart(lacking, off=(False, 0, "none", "no", "concat", "main", "bnb", True))
+    lacking = job.beginning(PREFIX_ANYWHERE | BY_PREFIX) | LACKING
+    job.without_counterpart(lacking, off=(False, 0, "none", "no", "concat", "main", "bnb"))
+    job.without_counterpart(ON_UNLESS_TOLD, off=(True,))
+
+
+def _what_is_done(job: Foreign) -> None:
+    """Their command does what these keys say, ours trains."""
+    if job.switch("do_train"):
+        return
+    for key, verb in (("do_predict", "evaluate --generate"), ("do_eval", "evaluate")):
+        if job.switch(key):
+            raise job.wrong(key, f"nothing is trained there without do_train: likely {verb} looks at a model")
+    job.differs("do_train", "nothing is trained there without it, and likely train trains")
 
 
 def _loss(job: Foreign) -> None:

@@ -15,6 +15,8 @@ OF_THE_SERVER = [
 
 def read(job: Foreign) -> None:
     """Fill the settings of a job; see :mod:`likely.migration.foreign`."""
+    if job.value("object", "fine_tuning.job") != "fine_tuning.job":
+        raise job.wrong("object", "give the JSON of one fine_tuning.job")
     method = job.value("method", {})
     kind = method.get("type", "supervised") if isinstance(method, dict) else None
     if kind != "supervised":

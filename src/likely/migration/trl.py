@@ -9,6 +9,7 @@ from likely.migration.huggingface import MEMORY_OR_SPEED, WHOLE_BATCH, carry_lor
 
 MAX_LENGTH = 1024  # where nothing is said
 PACKED = "packed blocks of max_length tokens there, each of several rows, and rows here"
+EVERY_ROW = "there every row is trained on; here a share is held out, unless eval_share is 0"
 LACKING = {
     "chat_template": "the template is the one that the tokenizer brings; save it with the model",
     "chat_template_path": "the template is the one that the tokenizer brings; save it with the model",
@@ -29,11 +30,23 @@ LACKING = {
     "load_in_8bit": "the base is held in four bits or as it is",
     "ignore_bias_buffers": "it is for models with masks among their buffers",
     "router_aux_loss_coef": "balancing losses are not added",
+    "dataset_mixer": "name the data sets in data, separated by commas",
+    "dataset_splits": "a split stands behind the name in data, as org/name:split",
+    "dataset_configs": "a configuration stands behind the name in data, as org/name:config:split",
 }
+OF_OTHER_METHODS = (  # preferences, rewards, distillation
+    "beta", "rpo_alpha", "simpo_gamma", "cpo_alpha", "desirable_weight", "undesirable_weight",
+    "precompute_ref_log_probs", "ref_model_name_or_path", "max_prompt_length", "max_completion_length",
+    "num_generations", "reward_funcs", "reward_model_name_or_path", "reward_model_path", "center_rewards_coefficient",
+    "teacher_model_name_or_path", "lmbda",
+)  # fmt: skip
 
 
 def read(job: Foreign) -> None:
     """Fill the settings of a job; see :mod:`likely.migration.foreign`."""
+    for key in OF_OTHER_METHODS:
+        if job.value(key) is not None:
+            raise job.wrong(key, "it is none of SFTConfig's, and only supervised fine-tuning can be carried over")
     job.carry("model", job.text("model_name_or_path", "CHANGE_ME"), "model_name_or_path")
     _data(job)
     job.carry("output", job.text("output_dir", "CHANGE_ME"), "output_dir")
@@ -57,12 +70,14 @@ def _data(job: Foreign) -> None:
     mixture = job.value("datasets")
     if mixture is not None:
         _mixture(job, "datasets", mixture)
+        _without_a_test_split(job, bool(job.value("test_split_size")))
         return
     mixture = job.value("dataset_mixture")  # of recipes for TRL
     if isinstance(mixture, dict):
         _mixture(job, "dataset_mixture.datasets", mixture.get("datasets"))
         for key in mixture.keys() - {"datasets"}:
             job.lacks(f"dataset_mixture.{key}", "rows are held out by eval_share, and shuffled by seed")
+        _without_a_test_split(job, bool(mixture.get("test_split_size")))
         return
     name = job.text("dataset_name")
     if name is None:
@@ -71,14 +86,21 @@ def _data(job: Foreign) -> None:
         return
     config = job.text("dataset_config") or job.text("dataset_config_name")
     split = job.text("dataset_train_split", "train")
-    job.carry("data", job.hub_name(name, config, split, "dataset_train_split"), "dataset_name")
+    job.carry("data", job.hub_name(name, config, split, "dataset_train_split", "dataset_name"), "dataset_name")
     if str(job.value("eval_strategy", "no")) != "no":
         test = job.text("dataset_test_split", "test")
-        job.carry("eval_data", job.hub_name(name, config, test, "dataset_test_split"), "dataset_name")
+        held_out = job.hub_name(name, config, test, "dataset_test_split", "dataset_name")
+        job.carry("eval_data", held_out, "dataset_name")
     else:
         job.not_needed(["dataset_test_split"], "nothing is evaluated there; here a share of the rows is held out")
-        job.differs("eval_strategy", "there every row is trained on; here a share is held out, unless eval_share is 0")
+        job.differs("eval_strategy", EVERY_ROW)
     _text_column(job)
+
+
+def _without_a_test_split(job: Foreign, held_out: bool) -> None:
+    """Of data that are told in other keys than ``dataset_name``."""
+    if not held_out and str(job.value("eval_strategy", "no")) == "no":
+        job.differs("eval_strategy", EVERY_ROW)
 
 
 def _mixture(job: Foreign, place: str, mixture: Any) -> None:
@@ -89,10 +111,17 @@ def _mixture(job: Foreign, place: str, mixture: Any) -> None:
         files = part.get("data_files")
         path = files if isinstance(files, str) else part.get("path", part.get("id", "CHANGE_ME"))
         config = part.get("name", part.get("config"))
-        names.append(job.hub_name(str(path), config, part.get("split"), f"{place}.{number}.split"))
-        for key in part.keys() - {"path", "id", "name", "config", "split", "data_files"}:
-            way_out = "shares of a mix stand in data: a:0.7,b:0.3" if key == "weight" else "name columns by columns"
-            job.lacks(f"{place}.{number}.{key}", way_out)
+        here = f"{place}.{number}"
+        names.append(job.hub_name(str(path), config, part.get("split"), f"{here}.split", here))
+        for key in part:
+            if key == "weight" and part[key] not in (None, 1):
+                job.differs(
+                    f"{here}.weight", "that share of its rows there, and all here: make a file of the rows meant"
+                )
+            elif key == "columns":
+                job.differs(f"{here}.columns", "the columns that are kept there; here every row is looked at")
+            elif key not in {"path", "id", "name", "config", "split", "data_files", "weight"}:
+                job.lacks(f"{here}.{key}", "not known; see what it does there before you leave it out")
     job.carry("data", ",".join(names), place)
     _text_column(job)
     job.without_counterpart({"test_split_size": "set eval_share to it where it is a share"})
