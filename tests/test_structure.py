@@ -67,6 +67,7 @@ WITHIN = {
         "dealing",
         "jinja_child",
         "template",
+        "bounds",
         "encoding",
         "dialect",
         "roles",

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import likely
+from likely.data.render import load_tokenizer
 from likely.errors import ConfigError, LikelyError, ModelError
 from likely.manifest import Seal
 from likely.model.headers import check_finite, read_header
 from likely.model.load import Tuning, load_for_training, load_model, save_model
-from likely.model.place import find_model, local_folder
+from likely.model.place import find_model, local_folder, read_context_length
 from likely.model.untrusted import INDEX, WEIGHTS, identity
 
 Change = Callable[[Path], None]
@@ -65,6 +66,7 @@ def refused(name: Path | str, *words: str, kind: type[LikelyError] = ModelError)
         load_model(str(name))
     assert time.monotonic() - started < 10
     text = str(caught.value)
+    assert caught.value.way_out, text
     assert len(text.splitlines()) == 1
     assert len(text) < 1000 + 2 * len(str(name))
     for word in words:
@@ -284,6 +286,7 @@ BAD_FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
     "tokenizer a pipe": (pipe("tokenizer.json"), ("tokenizer.json", "pipe")),
     "weights a pipe": (pipe(WEIGHTS), (WEIGHTS, "pipe")),
     "a broken link": (lambda f: (f / "extra.json").symlink_to("gone.json"), ("extra.json",)),
+    "a link to itself": (lambda f: (f / "added_tokens.json").symlink_to("added_tokens.json"), ("leads back",)),
     "a link out": (link_out, (WEIGHTS, "link")),
     "EOS outside": (set_config(eos_token_id=10**6), ("eos_token_id", "1000000")),
     "an EOS of several outside": (set_config(eos_token_id=[1, 10**6]), ("eos_token_id",)),
@@ -445,6 +448,67 @@ def test_broken_tokenizers(model_dir: Path, data: str, change: Change, words: tu
         likely.evaluate(model=str(model_dir), data=data)
     assert len(str(caught.value).splitlines()) == 1
     assert all(word in str(caught.value) for word in words)
+
+
+def set_tokenizer(**values: Any) -> Change:
+    def change(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
+
+    return change
+
+
+def replacing(content: str, times: int) -> dict[str, Any]:
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": content}
+    return {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [step]}] * times}
+
+
+DAMAGED: dict[str, tuple[Change, str]] = {
+    "a normalizer that makes much of little": (
+        set_tokenizer(normalizer=replacing("a" * 100, 6)), "may write 1,000,000,000,000 characters",
+    ),
+    "a control token without end": (
+        put("tokenizer_config.json", json.dumps({"unk_token": "x" * 100_000})), "has 100,000 characters",
+    ),
+    "a control token that is a number": (put("tokenizer_config.json", '{"eos_token": 7}'), "tokenizer"),
+    "tokens by no number": (put("added_tokens.json", '{"<zz>": "x"}'), "tokenizer"),
+    "a length below 1": (put("tokenizer_config.json", '{"model_max_length": -1}'), "at least 1"),
+    "an endless number": (put("tokenizer_config.json", '{"a": ' + "9" * 10_000 + "}"), "can't be read as JSON"),
+    "tokenizer_config null": (put("tokenizer_config.json", "null"), "no JSON object"),
+    "tokenizer_config zeros": (put("tokenizer_config.json", bytes(500)), "can't be read as JSON"),
+    "special_tokens_map deep": (put("special_tokens_map.json", '{"a":' * 3000 + "1" + "}" * 3000), "nested"),
+    "labels that are a number": (set_config(id2label=7), "no config that can be read"),
+    "a length that is no whole number": (set_config(max_position_embeddings=2.5), "expected int, got float"),
+    "a table of letters that makes the library panic": (
+        set_tokenizer(normalizer={"type": "Precompiled", "precompiled_charsmap": "!!!"}), "no tokenizer that can be",
+    ),
+    "a decoder of another kind": (set_tokenizer(decoder={"type": "Evil"}), "no tokenizer that can be read"),
+    "a vocabulary of other types": (set_tokenizer(model={"type": "BPE", "vocab": {"a": -5}, "merges": []}), "u32"),
+}  # fmt: skip
+
+
+def open_small_files(folder: Path) -> None:
+    """What every verb does before anything else, without the weights."""
+    place = find_model(str(folder))
+    read_context_length(place)
+    load_tokenizer(place.tokenizer)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_tokenizers_and_configs(model_dir: Path, name: str) -> None:
+    change, words = DAMAGED[name]
+    change(model_dir)
+    with pytest.raises(ModelError) as caught:
+        open_small_files(model_dir)
+    assert words in str(caught.value)
+    assert caught.value.way_out
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_replacements_of_real_tokenizers_are_within_bounds(model_dir: Path) -> None:
+    """Llama's, whose spaces become three bytes, and a few more."""
+    set_tokenizer(normalizer=replacing("▁", 3))(model_dir)
+    assert load_tokenizer(model_dir)
 
 
 @pytest.mark.parametrize("where", ["vocabulary", "added token"])

@@ -111,8 +111,10 @@ class GuardError(LikelyError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of foreign code says, short enough for one line of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What an error of foreign code says, short enough for one line of ours: its first line, and the second where the
+    first only announces it."""
+    first, *more = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {more[0].strip()}" if first.endswith(":") and more else first
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from likely.data.bounds import require_bounds
 from likely.data.encoding import ControlTokens, FewestTokens, MadeOfTextError
 from likely.data.ending import PROBES, EndOfTurn, find_end_of_turn
 from likely.data.kept import Context, lost_of_answer
@@ -51,13 +52,15 @@ def load_tokenizer(folder: str | Path) -> Any:
     logging.set_verbosity_error()  # complaints are ours to show
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
+    except BaseException as error:  # a panic of Rust is no Exception, and has no class to be imported
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         message = f"no tokenizer that can be read: {first_line(error)}"
         raise ModelError(message, place=str(folder), way_out="fetch or copy the model's files again") from error
     if not tokenizer.is_fast:
-        raise ModelError(
-            "the tokenizer has no tokenizer.json", place=str(folder), way_out="convert it to the fast form"
-        )
+        message = "the tokenizer has no tokenizer.json"
+        raise ModelError(message, place=str(folder), way_out="convert it to the fast form")
+    require_bounds(tokenizer, str(folder))
     return tokenizer
 
 

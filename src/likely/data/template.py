@@ -191,7 +191,8 @@ class _Child:
                 start_new_session=True,  # Ctrl-C is for us; the child ends with its pipes
             )
         except OSError as error:
-            raise ResourceError(f"the process for chat templates can't be started: {first_line(error)}") from error
+            message = f"the process for chat templates can't be started: {first_line(error)}"
+            raise ResourceError(message, way_out="free some memory, or end other processes") from error
         self.owner = os.getpid()
         self.defined: set[int] = set()
         self._poll = select.poll()

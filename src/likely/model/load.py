@@ -20,7 +20,15 @@ from likely.model.forward import LanguageModel, connect
 from likely.model.headers import Stored, check_finite
 from likely.model.place import Place, find_model, local_folder, quiet_transformers
 from likely.model.quantized import NF4, is_quantized, keep_layout, quantization_config
-from likely.model.untrusted import IDENTITY, check_adapter, check_model, identity, read_adapter_config, read_json
+from likely.model.untrusted import (
+    COPY,
+    IDENTITY,
+    check_adapter,
+    check_model,
+    identity,
+    read_adapter_config,
+    read_json,
+)
 
 # What older versions of transformers wrote beside the weights and newer ones compute: frequencies, causal masks and the
 # value under them (which is infinite in float16), positions. transformers itself knows only some of them.
@@ -64,7 +72,7 @@ def read_network(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"can't be loaded: {first_line(error)}", place=place.weights) from error
+        raise ModelError(f"can't be loaded: {first_line(error)}", place=place.weights, way_out=COPY) from error
     check_nothing_left(info, place.weights)
     # The name that an adapter remembers: a hub id stays one, wherever its files are kept.
     network.name_or_path = network.config.name_or_path = place.weights
@@ -142,7 +150,8 @@ def with_adapter(network: Any, place: Place, base: Path, trainable: bool) -> Any
             adapted = PeftModel.from_pretrained(network, folder, is_trainable=trainable)
             wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     except Exception as error:
-        raise ModelError(f"the adapter can't be loaded: {first_line(error)}", place=place.adapter) from error
+        message = f"the adapter can't be loaded: {first_line(error)}"
+        raise ModelError(message, place=place.adapter, way_out="copy the whole adapter folder again") from error
     if wrong := sorted(wanted.keys() ^ tensors.keys()):
         what = "is missing from" if wrong[0] in wanted else "has no place in the model of"
         raise ModelError(

@@ -15,6 +15,7 @@ from likely.errors import ConfigError, LikelyError, ModelError, first_line
 from likely.model import embedded
 from likely.model.untrusted import (
     ADAPTER_CONFIG,
+    COPY,
     check_adapter,
     check_model,
     read_adapter_config,
@@ -132,11 +133,14 @@ def _base_of_adapter(folder: Path, name: str) -> str:
     if embedded.is_converted(base) and not Path(base).is_dir():
         base = embedded.NAME  # converted by another version of transformers, or on another machine
     if (Path(base) / ADAPTER_CONFIG).exists():
-        raise ModelError(f"the base of this adapter is itself an adapter, {base}", place=name)
+        raise ModelError(
+            f"the base of this adapter is itself an adapter, {base}", place=name, way_out="merge that one first"
+        )
     try:
         return find_model(base).weights
     except LikelyError as error:
-        raise ModelError(f"the base of this adapter can't be used: {error}", place=name) from error
+        message = f"the base of this adapter can't be used: {error.place}: {error.message}"
+        raise ModelError(message, place=name, way_out=error.way_out) from error
 
 
 def local_folder(weights: str, *, with_weights: bool = False) -> Path:
@@ -189,7 +193,8 @@ def read_context_length(place: Place) -> int:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"no config that can be read: {first_line(error)}", place=place.weights) from error
+        message = f"no config that can be read: {first_line(error)}"
+        raise ModelError(message, place=place.weights, way_out=COPY) from error
     return context_length(config)
 
 

@@ -20,7 +20,7 @@ from likely.model.decoder import NotRecognisedError, read_decoder
 from likely.model.headers import Stored
 from likely.model.load import HARMLESS, Tuning, check_nothing_left, check_sizes, check_tuning, with_adapter
 from likely.model.place import Place, find_model, local_folder, quiet_transformers
-from likely.model.untrusted import check_model, identity
+from likely.model.untrusted import COPY, check_model, identity
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _bare(folder: Path, tensors: Mapping[str, Stored], place: str) -> Any:
     except NotRecognisedError as error:
         raise ModelError(f"it can't be sharded: {error}", place=place, way_out="use --shard none") from error
     except Exception as error:
-        raise ModelError(f"can't be loaded: {first_line(error)}", place=place) from error
+        raise ModelError(f"can't be loaded: {first_line(error)}", place=place, way_out=COPY) from error
     wanted = dict(network.named_parameters())
     known = network.state_dict()
     check_nothing_left(

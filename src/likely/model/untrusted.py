@@ -25,6 +25,7 @@ IDENTITY = "likely.json"  # beside an adapter: the base it was trained on
 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 OTHER_FORMATS = {".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
+COPY = "copy or download the model's files again"
 CONVERT = "load it once where you trust it and write safetensors: model.save_pretrained(folder)"
 
 MAX_JSON_BYTES = {"tokenizer.json": 128 << 20, "vocab.json": 128 << 20, INDEX: 32 << 20}
@@ -123,11 +124,13 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base or "://" in base or "\0" in base:
         raise ModelError(
-            f"the adapter does not say which model it belongs to: base_model_name_or_path is {base!r}", place=str(path)
+            f"the adapter does not say which model it belongs to: base_model_name_or_path is {base!r}",
+            place=str(path),
+            way_out="write the name or folder of that model there",
         )
     rank = config.get("r", 1)
     if type(rank) is not int or rank < 1:
-        raise ModelError(f"r is {rank!r}, no rank of an adapter", place=str(path))
+        raise ModelError(f"r is {rank!r}, no rank of an adapter", place=str(path), way_out=COPY)
     return config
 
 
@@ -141,13 +144,13 @@ def read_json(path: Path) -> dict[str, Any]:
         size = path.stat().st_size
         limit = MAX_JSON_BYTES.get(path.name, MAX_OTHER_JSON_BYTES)
         if size > limit:
-            raise ModelError(f"{size:,} bytes, over the limit of {limit:,}", place=str(path))
+            raise ModelError(f"{size:,} bytes, over the limit of {limit:,}", place=str(path), way_out=COPY)
         value = json.loads(path.read_bytes().decode(), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         detail = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
-        raise ModelError(f"can't be read as JSON: {detail}", place=str(path)) from error
+        raise ModelError(f"can't be read as JSON: {detail}", place=str(path), way_out=COPY) from error
     if not isinstance(value, dict):
-        raise ModelError("no JSON object", place=str(path))
+        raise ModelError("no JSON object", place=str(path), way_out=COPY)
     return value
 
 
@@ -181,7 +184,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX
     shards = read_json(path).get("weight_map")
     if not isinstance(shards, dict) or not shards:
-        raise ModelError("no weight_map", place=str(path))
+        raise ModelError("no weight_map", place=str(path), way_out=COPY)
     for name in set(map(str, shards.values())):
         if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII) or not (folder / name).is_file():
             message = f"{name[:120]!r} is not the name of a safetensors file in this folder"
@@ -215,7 +218,10 @@ def _check_files(folder: Path) -> None:
     if folder.resolve().parent.name == "snapshots":  # the hub's cache: each file is a link to its content
         inside.append(folder.resolve().parent.parent / "blobs")
     for path in paths:
-        real = path.resolve()
+        try:
+            real = path.resolve()
+        except (OSError, RuntimeError) as error:  # up to Python 3.12 a loop of links is a RuntimeError
+            raise ModelError("a link that leads back to itself", place=str(path), way_out="put a file there") from error
         if path.is_symlink() and not any(real.is_relative_to(place) for place in inside):
             raise ModelError("a link out of the model folder", place=str(path), way_out="put the file itself there")
         if not path.is_file():
@@ -224,7 +230,9 @@ def _check_files(folder: Path) -> None:
             raise ModelError("a broken link, a pipe or a device", place=str(path), way_out="put a file there")
         limit = MAX_JSON_BYTES.get(path.name, MAX_OTHER_JSON_BYTES)
         if path.suffix == ".json" and path.stat().st_size > limit:
-            raise ModelError(f"{path.stat().st_size:,} bytes, over the limit of {limit:,}", place=str(path))
+            raise ModelError(
+                f"{path.stat().st_size:,} bytes, over the limit of {limit:,}", place=str(path), way_out=COPY
+            )
         if path.name == "tokenizer.json":
             _check_token_ids(path)
 
@@ -240,7 +248,7 @@ def _check_token_ids(path: Path) -> None:
     largest = max((value for value in ids if isinstance(value, int)), default=0)
     if largest > MAX_TOKEN_ID:
         message = f"a token has id {largest}, over the limit of {MAX_TOKEN_ID:,}"
-        raise ModelError(message, place=str(path), way_out="copy or download the model's files again")
+        raise ModelError(message, place=str(path), way_out=COPY)
 
 
 def _check_settings(settings: dict[str, Any], path: Path) -> None:
