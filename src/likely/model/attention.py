@@ -31,6 +31,9 @@ NAME = "likely_trie"
 MERGED_QUERIES = 128
 # Longer chains are cut: half of the last block's scores are masked away, and all of its scores are in memory.
 BLOCK_QUERIES = 256
+# oneDNN, which multiplies narrow numbers on a CPU, writes machine code for each new shape, which takes as long as some
+# products, and keeps it. So queries and keys of a block come in steps of so many.
+ROUND = 16
 # Blocks with at most so many keys keep their probabilities for the backward; more would not be linear in the length.
 KEPT_KEYS = 512
 
@@ -39,16 +42,23 @@ KEPT_KEYS = 512
 class Block:
     """Neighbouring queries and all that some of them may see: the nodes of ``path``, and then the nodes ``own``.
     ``queries`` are rows of the query tensor; ``bias`` (n, b) is 0 where a query may see one of the last b keys and -inf
-    where not, and the keys before those are seen by all."""
+    where not, and the keys before those are seen by all. The last queries, and the last keys, may be empty rows that
+    only round their number up: no query sees such a key, and nobody asks what such a query sees."""
 
     queries: slice
     own: slice
     path: Tensor
     bias: Tensor
+    empty_keys: int = 0
+
+    @property
+    def num_queries(self) -> int:
+        return int(self.queries.stop - self.queries.start)
 
     @property
     def num_keys(self) -> int:
-        return len(self.path) + int(self.own.stop - self.own.start)
+        """Empty ones too."""
+        return len(self.path) + int(self.own.stop - self.own.start) + self.empty_keys
 
 
 class Kernel(Protocol):
@@ -93,7 +103,7 @@ class TriePlan:
         kernel = self.kernels and self.kernels(self, query_S, window, dtype)
         if kernel:
             return kernel
-        found = []
+        found, step = [], rounded_up(self.device, dtype)
         for start, end, whole_path in cut(self.position_T):
             first, last = np.searchsorted(query_S, (start, end)).tolist()
             if first == last:
@@ -108,9 +118,20 @@ class TriePlan:
                 path = path[max(0, int(self.position_T[query].min()) - window + 1) :]
                 key = np.concatenate([path, key])
             hidden = hidden_keys(query, key, self.position_T, self.last_T, window)
+            empty_queries, empty_keys = -len(query) % step, -(len(path) + own.stop - own.start) % step
+            hidden = np.pad(hidden, ((0, empty_queries), (0, 0)))
+            hidden = np.pad(hidden, ((0, 0), (0, empty_keys)), constant_values=True)
             bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -math.inf)
-            found.append(Block(slice(first, last), own, to_device(path, self.device), to_device(bias, self.device)))
+            block = Block(
+                slice(first, last), own, to_device(path, self.device), to_device(bias, self.device), empty_keys
+            )
+            found.append(block)
         return found
+
+
+def rounded_up(device: torch.device, dtype: torch.dtype) -> int:
+    """In steps of how many the rows of products in that dtype should come."""
+    return ROUND if device.type == "cpu" and dtype == torch.bfloat16 else 1
 
 
 def hidden_keys(query: IntArray, key: IntArray, position_T: IntArray, last_T: IntArray, window: int | None) -> Any:
@@ -151,8 +172,22 @@ def num_kept(blocks: Blocks) -> int:
 
 
 def _gather(x_KTC: Tensor, block: Block) -> Tensor:
-    own = x_KTC[:, block.own]
-    return own if len(block.path) == 0 else torch.cat([x_KTC.index_select(1, block.path), own], dim=1)
+    """Keys or values of a block, as :meth:`Block.num_keys` counts them."""
+    parts = [x_KTC[:, block.own]]
+    if len(block.path):
+        parts.insert(0, x_KTC.index_select(1, block.path))
+    if block.empty_keys:
+        parts.append(x_KTC.new_zeros(x_KTC.shape[0], block.empty_keys, x_KTC.shape[2]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _queries(x_KGSC: Tensor, block: Block) -> Tensor:
+    """Rows (K, G n, C) of a block's queries."""
+    rows = x_KGSC[:, :, block.queries]
+    empty = block.bias.shape[0] - block.num_queries
+    if empty:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, empty))
+    return rows.reshape(x_KGSC.shape[0], -1, x_KGSC.shape[-1])
 
 
 def _probabilities(query: Tensor, key: Tensor, bias: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -181,16 +216,16 @@ def attend(
     if not isinstance(blocks, list):
         _refuse_cap(softcap)
         return blocks.attend(q, k, v)
-    K, G, S, C = q.shape
+    K, G, S, _ = q.shape
     out = q.new_empty(S, K, G, v.shape[-1])
     kept = []
     for block in blocks:
-        query = q[:, :, block.queries].reshape(K, -1, C)
+        query = _queries(q, block)
         p, _ = _probabilities(query, _gather(k, block), block.bias, softcap)
         if block.num_keys <= KEPT_KEYS and softcap is None:
             kept.append(p)
         o = torch.bmm(p, _gather(v, block))
-        out[block.queries] = o.view(K, G, -1, v.shape[-1]).permute(2, 0, 1, 3)
+        out[block.queries] = o.view(K, G, -1, v.shape[-1])[:, :, : block.num_queries].permute(2, 0, 1, 3)
     return out, kept
 
 
@@ -219,8 +254,7 @@ def attend_backward(
     dv = torch.zeros(v.shape, dtype=_wide(v.dtype), device=v.device)
     for block in blocks:
         key, value = _gather(k, block), _gather(v, block)
-        query = q[:, :, block.queries].reshape(K, -1, C)
-        do = grad[block.queries].permute(1, 2, 0, 3).reshape(K, -1, v.shape[-1])
+        query, do = _queries(q, block), _queries(grad.permute(1, 2, 0, 3), block)
         if block.num_keys <= KEPT_KEYS and softcap is None:
             p, slope = next(rest), None
         else:
@@ -230,11 +264,11 @@ def attend_backward(
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
         if slope is not None:
             ds = (ds * slope).to(p.dtype)
-        dq[:, :, block.queries] = torch.bmm(ds, key).view(K, G, -1, C)
+        dq[:, :, block.queries] = torch.bmm(ds, key).view(K, G, -1, C)[:, :, : block.num_queries]
         dkey = torch.bmm(ds.transpose(1, 2), query)
         for total, part in ((dk, dkey), (dv, dvalue)):
             depth = len(block.path)
-            total[:, block.own] += part[:, depth:]
+            total[:, block.own] += part[:, depth : block.num_keys - block.empty_keys]
             if depth:
                 total.index_add_(1, block.path, part[:, :depth].to(total.dtype))
     return dq, dk, dv
