@@ -304,6 +304,29 @@ def swap_tensors(folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def add_tensor(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    more = {"model.layers.9.self_attn.q_proj.weight": torch.ones(2, 2)}
+    save_file(load_file(file) | more, file, metadata={"format": "pt"})
+
+
+def lose_tensor(folder: Path) -> None:
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    del tensors[next(n for n in tensors if "k_proj" in n)]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def swap_words(content: dict[str, Any]) -> None:
+    """Two tokens that no row has."""
+    words = content["model"]["vocab"]
+    one, other = list(words)[-2:]
+    words[one], words[other] = words[other], words[one]
+
+
+FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
 def nudge_gguf_tensor(reader: Any) -> None:
     tensor = next(t for t in reader.tensors if t.name == "blk.1.attn_v.weight")
     tensor.data.view("uint8").reshape(-1)[0] ^= 1
@@ -362,6 +385,25 @@ FAULTS = [
     ),
     ("gguf", change_gguf(set_key("tokenizer.ggml.bos_token_id", 0)), "bos_token_id is not what was written"),
     ("gguf", change_gguf(set_key("llama.context_length", 7)), "context_length is not what was written"),
+    # What no row and no likelihood shows: settings of generation and of the tokenizer, and what readers pass over.
+    (
+        "merged",
+        change_json("config.json", lambda c: c.update(max_position_embeddings=7)),
+        "config.json is not what was written",
+    ),
+    ("merged", change_json("config.json", lambda c: c.update(rms_norm_eps=2e-6)), "stored values differ"),
+    ("merged", change_json("generation_config.json", lambda c: c.update(suppress_tokens=[5])), "generation"),
+    (
+        "merged",
+        change_json("tokenizer_config.json", lambda c: c.update(model_max_length=3)),
+        "tokenizer_config.json is",
+    ),
+    ("merged", change_json("tokenizer.json", swap_words), "tokenizer.json is not what|has other tokens"),
+    ("merged", change_json("config.json", lambda c: c.update(quantization_config=FOUR_BITS)), "can't|stored values"),
+    ("merged", add_tensor, "the list of tensors is not what was written"),
+    ("merged", lose_tensor, "another model|can't load it|stored values"),
+    ("ollama", change_text("Modelfile", "PARAMETER stop", "PARAMETER temperature 3\nPARAMETER stop"), "not understood"),
+    ("ollama", change_text("Modelfile", "FROM ./model.gguf", "FROM ./other.gguf"), "Modelfile is not what was written"),
 ]
 
 

@@ -172,7 +172,7 @@ def _write(work: _Work, folder: Path) -> stored.Digests:
     if asked.to == "merged":
         dtype = _dtype(work)
         save_merged(network, tokenizer, folder, dtype=dtype, stop_ids=_stop_ids(work, network))
-        return stored.of_network(network)
+        return readers.of_folder(network, folder)
     file = folder / modelfile.GGUF
     written = gguf_file.write_gguf(
         file,
@@ -189,7 +189,7 @@ def _write(work: _Work, folder: Path) -> stored.Digests:
         stop = tokenizer.convert_ids_to_tokens(work.stop_id)
         text = modelfile.write_modelfile(template, [stop])
         (folder / modelfile.NAME).write_text(text, encoding="utf-8")
-    return written
+    return written | stored.of_files(folder, but=file.suffix)
 
 
 def _stop_ids(work: _Work, network: Any) -> list[int]:

@@ -68,7 +68,14 @@ def read_folder(folder: Path) -> Reading:
     with _said_of(folder):
         network = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    return _of_transformers(f"transformers {transformers.__version__}", network, tokenizer)
+    reading = _of_transformers(f"transformers {transformers.__version__}", network, tokenizer)
+    return replace(reading, stored=lambda: of_folder(network, folder))
+
+
+def of_folder(network: Any, folder: Path) -> stored.Digests:
+    """The digests of a Hugging Face folder, and of the network that was saved to it or loaded from it."""
+    digests = stored.of_network(network) | stored.of_settings(network)
+    return digests | stored.of_tensor_files(folder) | stored.of_files(folder, but=stored.WEIGHTS)
 
 
 def read_adapter(folder: Path) -> Reading:
@@ -101,7 +108,8 @@ def read_gguf(file: Path) -> Reading:
     """
     metadata, names = gguf_header(file)
     reading = _of_llama_cpp(file, metadata) if has_llama_cpp() else _of_gguf_reader(file, metadata, names)
-    return replace(reading, stored=lambda: gguf_file.read_digests(file))
+    beside = file.suffix
+    return replace(reading, stored=lambda: gguf_file.read_digests(file) | stored.of_files(file.parent, but=beside))
 
 
 def has_llama_cpp() -> bool:
@@ -125,7 +133,8 @@ def _of_transformers(tool: str, network: Any, tokenizer: Any, stop_ids: frozense
     @torch.no_grad()
     def logprobs(ids: Sequence[int]) -> FloatArray:
         token_ids = torch.tensor([list(ids)], device=network.device)
-        logits = network(input_ids=token_ids).logits[0, :-1].double()
+        with _said_of(Path(tool), "run"):
+            logits = network(input_ids=token_ids).logits[0, :-1].double()
         gold = torch.log_softmax(logits, -1).gather(1, token_ids[0, 1:, None])
         found: FloatArray = gold[:, 0].cpu().numpy()
         return found
@@ -223,8 +232,9 @@ def _of_llama_cpp(file: Path, metadata: Mapping[str, Any]) -> Reading:
 class _said_of:  # noqa: N801  (a context manager, as contextlib's are named)
     """Whatever a tool raises while it loads an export is about the export."""
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, what: str = "load") -> None:
         self._place = place
+        self._what = what
         self._quiet = ExitStack()
 
     def __enter__(self) -> None:
@@ -237,5 +247,5 @@ class _said_of:  # noqa: N801  (a context manager, as contextlib's are named)
         self._quiet.close()
         if isinstance(error, Exception) and not isinstance(error, (ModelError, MemoryError)):
             raise ModelError(
-                f"the tool that will use it can't load it: {first_line(error)}", place=self._place.name
+                f"the tool that will use it can't {self._what} it: {first_line(error)}", place=self._place.name
             ) from error

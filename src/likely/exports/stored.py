@@ -6,17 +6,21 @@ The bound on likelihoods is as wide as a number format rounds, and a small chang
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import safe_open
 
 from likely import manifest
 from likely.errors import ModelError
 
 Digests = dict[str, str]
+WEIGHTS = ".safetensors"  # whose values are compared one by one
+_OF_THE_FILE = {"transformers_version", "dtype", "torch_dtype", "architectures"}
 
 
 def of_network(network: Any) -> Digests:
@@ -51,10 +55,36 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, (bool, int, np.integer)) else str(value)
 
 
-def of_files(folder: Path) -> Digests:
-    """Every file of a run's adapter by its name."""
+def of_files(folder: Path, but: str = "") -> Digests:
+    """Every file of a folder by its name, without those that end in ``but``."""
     files = (path for path in sorted(folder.iterdir()) if path.is_file() and path.name != manifest.NAME)
-    return {f"the file {path.name}": hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        f"the file {path.name}": hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if not (but and path.name.endswith(but))
+    }
+
+
+def of_settings(network: Any) -> Digests:
+    """What a transformers network says of itself and of its generation, but for where it came from and its width."""
+    digests: Digests = {}
+    for kind, settings in (("model", network.config), ("generation", network.generation_config)):
+        told = {str(k): v for k, v in settings.to_dict().items() if k not in _OF_THE_FILE and not k.startswith("_")}
+        digests |= {f"the {kind}'s {k}": of_text(json.dumps(v, default=str)) for k, v in told.items() if v is not None}
+    return digests
+
+
+def of_text(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def of_tensor_files(folder: Path) -> Digests:
+    """The names of all tensors in a folder's safetensors files: a reader passes over what it doesn't know."""
+    names = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            names += list(file.keys())
+    return {"the list of tensors": of_text(json.dumps(sorted(names)))}
 
 
 def compare(written: Mapping[str, str], found: Mapping[str, str], within: str) -> None:
