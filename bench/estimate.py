@@ -23,6 +23,8 @@ SETTINGS = [
     ("lora", "bfloat16", 8),
     ("full", "bfloat16", 8),
     ("lora", "bfloat16", 3),
+    ("qlora", "float32", 8),
+    ("qlora", "bfloat16", 3),
 ]
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from likely.data.packing import build_packs
 from likely.insight.estimate import (
+    Layer,
     Load,
     Shape,
     estimate,
@@ -64,6 +65,41 @@ def test_memory_grows_with_what_is_held() -> None:
     assert peaks["lora", "bfloat16"] > 4 * 10**9
     more = Load(LOAD.distinct_tokens, LOAD.supervised_contexts, 2 * LOAD.largest_pack)
     assert peak_bytes(shape, more, "lora", 8, "float32") > peaks["lora", "float32"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_four_bits_are_counted_as_such(dtype: str) -> None:
+    """Of a model of 8 billion parameters, whose linear layers take 4 GB instead of 28."""
+    shape = Shape(8 * 10**9, 7 * 10**9, 10**6, 128_000, 4096, largest=4096 * 14336)
+    few = Load(distinct_tokens=100.0, supervised_contexts=2.0, largest_pack=100)
+    peaks = {tune: peak_bytes(shape, few, tune, 8, dtype) / 1e9 for tune in ("lora", "qlora")}
+    saved = 7 * (4 - 0.516) + (2 * 7 if dtype == "bfloat16" else 0)
+    assert peaks["lora"] - peaks["qlora"] == pytest.approx(saved, abs=1)
+    seconds = {
+        tune: estimate(shape, few, tune=tune, lora_rank=8, dtype="float32", rate=1e12)["seconds_per_step"]
+        for tune in ("lora", "qlora")
+    }
+    assert operations(shape, few, "qlora", 8) == operations(shape, few, "lora", 8)
+    assert 1.02 < seconds["qlora"] / seconds["lora"] < 2  # each layer is unpacked twice, whatever is in the pack
+
+
+# Of two steps of SmolLM2-135M on the rows of bench/data/gsm8k_200.jsonl: (dtype, batch), trie tokens, GB at most.
+MEASURED = [
+    ("float32", 3, 622, 2.21),
+    ("float32", 8, 1524, 3.04),
+    ("bfloat16", 3, 622, 1.97),
+    ("bfloat16", 8, 1524, 2.63),
+]
+
+
+@pytest.mark.parametrize(("dtype", "batch", "tokens", "gigabytes"), MEASURED)
+def test_four_bits_beside_measured_memory(dtype: str, batch: int, tokens: int, gigabytes: float) -> None:
+    shared = {"keys": 2 * 576 * 192, "rest": 2 * 576 * 576 + 3 * 576 * 1536, "first": 576 * 576 + 2 * 576 * 192}
+    layer = Layer(**shared, keys_sides=2 * (576 + 192), rest_sides=4 * 576 + 3 * (576 + 1536))
+    multiplied, sides = 30 * (layer.keys + layer.rest), 30 * (layer.keys_sides + layer.rest_sides)
+    shape = Shape(multiplied + 49152 * 576, multiplied, sides, 49152, 576, 576, (layer,) * 30, 576 * 1536)
+    load = Load(float(tokens), 0.4 * tokens, tokens, pairs=tokens * 0.6 * tokens / batch)
+    assert peak_bytes(shape, load, "qlora", 16, dtype) / 1e9 == pytest.approx(gigabytes, rel=0.2)
 
 
 def test_time_is_operations_over_the_rate() -> None:

@@ -384,7 +384,7 @@ def _estimate(shape: estimating.Shape, load: estimating.Load, settings: CheckSet
     told = estimating.estimate(
         shape,
         load,
-        tune="full" if settings.tune == "full" else "lora",  # four bits take less; how much less is not known here
+        tune=settings.tune,
         lora_rank=settings.lora_rank,
         dtype=settings.dtype,
         rate=estimating.measure_rate(shape.hidden),

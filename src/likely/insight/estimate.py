@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import struct
 import time
@@ -44,7 +45,11 @@ ACTIVATION_BYTES = {
 KEPT_SIDES = 0.75
 HEAD_SIZE = 64  # the smaller of the usual ones, since headers don't tell
 # Python with torch, transformers and peft, and what else was measured beyond the parts that are counted here.
-PROGRAM_BYTES = {"full": 500e6, "lora": 800e6}
+# With four bits bitsandbytes, too, and the base's files, which are read to be packed.
+PROGRAM_BYTES = {"full": 500e6, "lora": 800e6, "qlora": 1200e6}
+# Bytes of a number in four bits, with its share of the scales of 64 numbers, which are in eight bits themselves; and
+# operations in whose time one is unpacked, which each pack asks for forward and backward.
+PACKED_BYTES, UNPACKING = 0.5 + 1 / 64 + 4 / (64 * 256), 50
 CHUNK_LOGITS = 1 << 25  # as training/objective.py has at once
 
 
@@ -75,6 +80,7 @@ class Shape:
     hidden: int
     query: int = 0
     layers: tuple[Layer, ...] = ()
+    largest: int = 0  # parameters of the largest linear layer
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ def read_shape(folder: str | Path) -> Shape | None:
         hidden=hidden,
         query=next((shape[0] for name, shape in linear.items() if _QUERY.search(name)), hidden),
         layers=_layers(linear),
+        largest=max((a * b for a, b in linear.values()), default=0),
     )
 
 
@@ -211,7 +218,7 @@ def operations(shape: Shape, load: Load, tune: str, lora_rank: int) -> Operation
     nodes, contexts = load.distinct_tokens, load.supervised_contexts
     each = 6 if tune == "full" else 4
     head = each * shape.vocabulary * shape.hidden * contexts
-    adapted = 6 * lora_rank if tune == "lora" else 0
+    adapted = 6 * lora_rank if tune != "full" else 0
     attention = 12 * shape.query * ((max(len(shape.layers), 1) - 1) * load.pairs + load.last_pairs)
     if not shape.layers:
         return Operations(
@@ -220,7 +227,7 @@ def operations(shape: Shape, load: Load, tune: str, lora_rank: int) -> Operation
     *inner, last = shape.layers
     products = each * sum((layer.keys + layer.rest) * nodes for layer in inner)
     products += each * (last.keys * nodes + last.rest * contexts)
-    if tune == "lora":
+    if tune != "full":
         only = shape.layers[0]
         products -= 2 * (only.first * nodes if inner else only.keys * nodes + (only.first - only.keys) * contexts)
     adapters = adapted * sum((layer.keys_sides + layer.rest_sides) * nodes for layer in inner)
@@ -236,8 +243,11 @@ def peak_bytes(shape: Shape, load: Load, tune: str, lora_rank: int, dtype: str) 
     width = 2 if dtype == "bfloat16" else 4
     table = shape.vocabulary * shape.hidden
     trained = shape.parameters if tune == "full" else lora_rank * shape.sides
-    held = 4 * shape.parameters + 12 * trained
-    copies = 2 * (shape.multiplied + table) if dtype == "bfloat16" else 0
+    # Linear layers in four bits are unpacked one at a time, in float32 and then in the dtype of products.
+    packed = shape.multiplied if tune == "qlora" else 0
+    held = 4 * (shape.parameters - packed) + PACKED_BYTES * packed + 12 * trained
+    copies = 2 * (shape.multiplied - packed + table) if dtype == "bfloat16" else 0
+    copies += (4 + width) * shape.largest if packed else 0
     logits = (4 + width) * min(CHUNK_LOGITS, load.supervised_contexts * shape.vocabulary)
     gradient_of_table = (4 + width) * table if tune == "full" else 0
     return PROGRAM_BYTES[tune] + held + copies + _activations(shape, load, tune, dtype) + logits + gradient_of_table
@@ -247,7 +257,7 @@ def _activations(shape: Shape, load: Load, tune: str, dtype: str) -> float:
     """Bytes that the layers keep of the largest pack: of our own, two entries of the residual stream in float32, the
     inputs and outputs of attention and feed-forward, and the probabilities."""
     if not shape.layers:
-        return ACTIVATION_BYTES[tune, dtype] * shape.sides * load.largest_pack
+        return ACTIVATION_BYTES["full" if tune == "full" else "lora", dtype] * shape.sides * load.largest_pack
     width = 2 if dtype == "bfloat16" else 4
     inner = sum(layer.keys_sides + layer.rest_sides - 7 * shape.hidden for layer in shape.layers)
     a_node = 8 * shape.hidden * len(shape.layers) + width * KEPT_SIDES * inner
@@ -272,8 +282,10 @@ def estimate(shape: Shape, load: Load, *, tune: str, lora_rank: int, dtype: str,
     busy as they are."""
     dtype = resolve_dtype(dtype)
     flops = operations(shape, load, tune, lora_rank).all
+    packs = math.ceil(load.distinct_tokens / max(load.largest_pack, 1))
+    unpacking = 2 * UNPACKING * shape.multiplied * packs if tune == "qlora" else 0.0
     return {
-        "seconds_per_step": flops / (rate * EFFICIENCY[dtype]),
+        "seconds_per_step": flops / (rate * EFFICIENCY[dtype]) + unpacking / rate,
         "peak_gb": peak_bytes(shape, load, tune, lora_rank, dtype) / 1e9,
         "dtype": dtype,
         "gigaflop_per_step": flops / 1e9,
