@@ -3,9 +3,9 @@ facts in words of this package. Each test names the file it is held against; whe
 test says why.
 
 TRL: tests/test_sft_trainer.py, tests/test_data_utils.py. LLaMA-Factory: tests/data/test_collator.py,
-tests/data/processor/test_supervised.py, tests/data/processor/test_processor_utils.py. torchtune:
-tests/torchtune/data/test_data_utils.py, tests/torchtune/datasets/test_packed_dataset.py. axolotl:
-tests/prompt_strategies/test_chat_templates_advanced.py.
+tests/data/test_converter.py, tests/data/processor/test_supervised.py, tests/data/processor/test_processor_utils.py.
+torchtune: tests/torchtune/data/test_data_utils.py, tests/torchtune/datasets/test_packed_dataset.py. axolotl:
+tests/prompt_strategies/test_chat_templates_advanced.py. OpenAI: the guide to fine-tuning.
 """
 
 from __future__ import annotations
@@ -306,3 +306,70 @@ def test_axolotl_custom_roles_are_refused_and_not_guessed() -> None:
     row = {"conversations": [{"from": "human", "value": "Hello"}, {"from": "ai", "value": "Hi there!"}]}
     with pytest.raises(DataError, match=r"conversations\[1\]\.from is 'ai'; use one of"):
         render(row)
+
+
+def learnt_of(row: dict[str, Any], supervision: Supervision | None = None) -> list[str]:
+    """The texts that are learnt, each with what ends it."""
+    example = render(row, supervision)
+    return [spell(LLAMA3.tokenizer, example.token_ids_T[slice(*run)]) for run in spans(example.weights_T)]
+
+
+def test_openai_the_weight_of_an_answer_in_a_conversation() -> None:
+    # OpenAI's guide to fine-tuning, "Multi-turn chat examples": the first answer is context, the second is learnt.
+    sarcastic = "Paris, as if everyone doesn't know that already."
+    row = chat(
+        ("system", "Marv is a factual chatbot that is also sarcastic."),
+        ("user", "What's the capital of France?"),
+        ("assistant", "Paris", 0),
+        ("user", "Can you be more sarcastic?"),
+        ("assistant", sarcastic, 1),
+    )
+    assert learnt_of(row) == [f"{sarcastic}<|eot_id|>"]
+    for turn in row["messages"]:
+        turn.pop("weight", None)  # "all assistant messages are learnt by default"
+    assert learnt_of(row) == ["Paris<|eot_id|>", f"{sarcastic}<|eot_id|>"]
+
+
+def test_llama_factory_converters() -> None:
+    # LLaMA-Factory tests/data/test_converter.py: test_alpaca_converter and test_sharegpt_converter give the same
+    # question and answer, the second one behind a system prompt.
+    question, answer = "Solve the math problem.\n3 + 4", "The answer is 7."
+    alpaca = {"instruction": "Solve the math problem.", "input": "3 + 4", "output": answer}
+    turns = [("system", "You are a helpful assistant."), ("human", question), ("gpt", answer)]
+    sharegpt = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    with_system = chat(("system", "You are a helpful assistant."), ("user", question), ("assistant", answer))
+    for row, expected in (
+        (alpaca, chat(("user", question), ("assistant", answer))),
+        (sharegpt, with_system),
+    ):
+        assert render(row).token_ids_T.tolist() == template_ids(expected)
+        assert learnt_of(row) == [f"{answer}<|eot_id|>"]
+
+
+def test_trl_conversations_become_messages() -> None:
+    # TRL TestMaybeConvertToChatML: "from" and "value" are "role" and "content" by other names.
+    turns = (("user", "What color is the sky?"), ("assistant", "It is blue."))
+    other = {"conversations": [{"from": role, "value": value} for role, value in turns]}
+    assert labels_of(render(other)) == labels_of(render(chat(*turns)))
+
+
+def test_trl_a_prompt_and_its_completion() -> None:
+    # TRL TestApplyChatTemplate: prompt and completion together are the conversation; completion_only_loss is on for
+    # such rows and hides the prompt, assistant_only_loss gives the same labels here, and without both all is learnt.
+    turns = (("user", "What color is the sky?"), ("assistant", "It is blue."))
+    prompt, completion = ([message] for message in chat(*turns)["messages"])
+    row = {"prompt": prompt, "completion": completion}
+    assert render(row).token_ids_T.tolist() == template_ids(chat(*turns))
+    hidden = template_ids({"messages": prompt}, add_generation_prompt=True)
+    assert labels_of(render(row)) == labels_of(render(chat(*turns)))
+    assert labels_of(render(row))[: len(hidden)] == [IGNORED] * len(hidden)
+    assert learnt_of(row) == ["It is blue.<|eot_id|>"]
+    assert labels_of(render(row, Supervision("all")))[1:] == template_ids(chat(*turns))[1:]
+
+
+def test_axolotl_roles_to_train() -> None:
+    # axolotl test_roles_to_train_assistant_only: no word of the user. Differs from test_roles_to_train_user_only, which
+    # no setting here can mean; prompt_weight gives a weight to all that is not an answer.
+    assert learnt_of(chat(*TURNS)) == ["Hello!<|eot_id|>", "4<|eot_id|>"]
+    example = render(chat(*TURNS), Supervision("assistant", prompt_weight=0.25))
+    assert set(example.weights_T[1:].tolist()) == {0.25, 1.0}
