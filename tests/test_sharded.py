@@ -138,6 +138,40 @@ def test_one_two_and_four_ranks(settings: dict[str, Any], tmp_path: Path, tune: 
 
 
 @pytest.mark.parametrize("tune", TUNES)
+def test_whole_copies_on_two_hosts(settings: dict[str, Any], tmp_path: Path, tune: str) -> None:
+    """Two hosts of two ranks, each with all rows. Full tuning is stopped on its way, and goes on from there."""
+    chosen = settings | TUNES[tune] | {"num_answers": 0, "eval_every": None, "save_every": 3}
+    likely.train(**chosen, output=str(tmp_path / "1"))
+
+    def until(last: int) -> Callable[[int], None]:
+        def work(rank: int) -> None:
+            from likely.journal import Journal
+
+            between = Journal.between_steps
+            os.environ.update(LOCAL_RANK=str(rank % 2), LOCAL_WORLD_SIZE="2")
+
+            def stop(journal: Journal, at: int) -> bool:
+                if at == last and rank == 3:
+                    raise stops.Stopped(15)
+                return between(journal, at)
+
+            Journal.between_steps = stop  # type: ignore[method-assign]
+            likely.train(**chosen, output=str(tmp_path / "4"), shard="hybrid", resume="newest")
+
+        return work
+
+    if tune == "full":
+        assert [e.code for e in together(4, until(2), tmp_path / "stopped")] == [143] * 4
+    ended = together(4, until(99), tmp_path / "logs")
+    assert [e.code for e in ended] == [0] * 4, ended
+    assert "each of 2 processes of a host holds some rows" in ended[0].said
+    assert ("going on after step 2" in ended[0].said) == (tune == "full")
+    assert_same(tmp_path / "4", tmp_path / "1")
+    for folder in ("model", "checkpoints/step-000006", "checkpoints/step-000006/model"):
+        assert files_of(tmp_path / "4" / folder) == files_of(tmp_path / "1" / folder)
+
+
+@pytest.mark.parametrize("tune", TUNES)
 def test_a_run_goes_on_sharded_in_another_way(settings: dict[str, Any], tmp_path: Path, tune: str) -> None:
     """One process, two, four, and one again; with files of a few rows, and one of the ranks stopped by a signal."""
     chosen = settings | TUNES[tune] | {"num_answers": 0, "save_every": None, "eval_every": None}
@@ -194,19 +228,19 @@ def test_auto_shards_what_does_not_fit(settings: dict[str, Any], tmp_path: Path)
 
 
 def in_the_middle(
-    act: Callable[[], None], settings: dict[str, Any], folder: Path, timeout: str = "60"
+    act: Callable[[], None], settings: dict[str, Any], folder: Path, timeout: str = "60", rank: int = 1
 ) -> tuple[list[Ended], float, Path]:
-    """Rank 1 does something in the forward of the third step, when the others wait for its rows."""
+    """A rank does something in the forward of the third step, when the others wait for its rows."""
     chosen = settings | TUNES["full"] | {"num_answers": 0, "eval_every": None, "save_every": None}
 
-    def work(rank: int) -> None:
+    def work(own: int) -> None:
         from likely.training import engine, sharding, signs
 
         signs.PATIENCE = 1.0
         original, gradient, calls = sharding.through_layer, engine.compute_gradient, 0
 
         def layer(*given: Any, **more: Any) -> Any:
-            if calls == 3 and rank == 1:
+            if calls == 3 and own == rank:
                 act()
             return original(*given, **more)
 
@@ -238,6 +272,21 @@ def test_a_failure_in_the_middle_of_a_forward_ends_all(settings: dict[str, Any],
         output=str(run),
         resume="newest",
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_without_memory_ends_all_with_one_line(settings: dict[str, Any], tmp_path: Path, rank: int) -> None:
+    def fail() -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] . DefaultCPUAllocator: can't allocate memory")
+
+    ended, seconds, run = in_the_middle(fail, settings, tmp_path, rank=rank)
+    assert [e.code for e in ended] == [5] * 3, ended
+    (line,) = [line for line in ended[0].said.splitlines() if line.startswith("error: ")]
+    assert "out of memory" in line
+    assert "lower --pack-tokens" in line
+    assert "step-000002 is saved" in line
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert seconds < 60
 
 
 def test_a_rank_that_is_killed_in_the_middle_of_a_forward_is_named(settings: dict[str, Any], tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ WITHIN = {
     "migration": ["foreign", "huggingface", "trl", "llamafactory", "axolotl_data", "axolotl", "openai", "carry"],
     "training": [
         "ahead",
+        "failures",
         "signs",
         "meeting",
         "parallel",

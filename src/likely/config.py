@@ -214,9 +214,10 @@ class Launch(BaseModel):
     nproc: PositiveInt | None = Field(
         None, description="processes on this machine that share the work [1; torchrun starts them on several]"
     )
-    shard: Literal["auto", "none", "full"] = Field(
+    shard: Literal["auto", "none", "full", "hybrid"] = Field(
         "auto",
-        description="keep on each process the whole model, or some rows of every weight; auto shards what does not fit",
+        description="keep on each process the whole model, or some rows of every weight: full over all, hybrid over"
+        " those of one host; auto shards what does not fit",
     )
     track: Trackers | None = Field(
         None, description="tell the metrics to tensorboard, wandb, mlflow or trackio too; several separated by commas"

@@ -144,12 +144,14 @@ def shards(inputs: Inputs, wanted: str, ranks: Ranks) -> bool:
     Raises:
         ConfigError: it is wanted, and can't be.
     """
-    quantized = inputs.config.tune == "qlora"
-    if wanted == "full" and (quantized or ranks.alone):
+    quantized, always = inputs.config.tune == "qlora", wanted in {"full", "hybrid"}
+    if always and (quantized or ranks.alone):
         why = "a base in four bits is not sharded" if quantized else "there is one process"
-        raise ConfigError(f"shard is full, and {why}", way_out="use --nproc or torchrun, or --shard none")
+        raise ConfigError(f"shard is {wanted}, and {why}", way_out="use --nproc or torchrun, or --shard none")
+    if wanted == "hybrid":
+        ranks.shard_by_host()
     if wanted != "auto" or quantized or ranks.alone:
-        return wanted == "full"
+        return always
     fits = memory.fits(inputs.place, tuning_of(inputs.config), ranks.local_world_size)
     return not all(float(rank[0]) for rank in ranks.gather(np.array([float(fits)])))
 

@@ -114,7 +114,8 @@ def _tell_of(model: LanguageModel, ranks: Ranks, display: Display) -> None:
     for note in model.kernels.notes:
         display.say(note)
     if model.sharded:
-        display.say(f"the model is sharded: each of {ranks.world_size} processes holds some rows of every weight")
+        where = "" if ranks.shards == ranks.world_size else " of a host"
+        display.say(f"the model is sharded: each of {ranks.shards} processes{where} holds some rows of every weight")
     if not model.shares:
         display.say("this model's layers can't follow a branching prefix: each example is computed on its own")
 

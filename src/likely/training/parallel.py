@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from likely import errors, launched, stops
-from likely.errors import ConfigError, LikelyError, ResourceError, first_line
+from likely import launched, stops
+from likely.errors import ConfigError, ResourceError, first_line
+from likely.training.failures import CalledAwayError, error_of, exit_code_of, heard, told, was_heard
 from likely.training.meeting import SILENCE, TIMEOUT, choose_device, open_store, seconds_of
 from likely.training.signs import UNREACHABLE, Signs
 from likely.types import FloatArray
@@ -31,11 +32,6 @@ from likely.types import FloatArray
 BUCKET = 1 << 24  # numbers of small gradients that are summed at once: 64 MiB in float32
 Result = TypeVar("Result")
 POLL, NOT_YET = timedelta(seconds=0.5), "Operation timed out"  # torch's words where a wait was too short
-_agreed = "_agreed"  # the attribute of an exception that all ranks have heard of
-
-
-class CalledAwayError(Exception):
-    """Another rank failed, and will not come to the exchange that this one waits in."""
 
 
 class Ranks:
@@ -53,7 +49,10 @@ class Ranks:
         self._signs: Signs | None = None
         self._lost: ResourceError | None = None
         self._waiting = False
-        self._inner: Any = None
+        self.shard, self.shards = self.rank, self.world_size
+        self._inner: Any = None  # process groups; None is of all ranks
+        self._host: Any = None
+        self._across: Any = None
 
     @property
     def first(self) -> bool:
@@ -99,7 +98,7 @@ class Ranks:
         try:
             yield
         except BaseException as error:
-            if not _was_heard(error):
+            if not was_heard(error):
                 self.agree(error)
             raise
         self.agree()
@@ -123,15 +122,15 @@ class Ranks:
             self._exchange(lambda: dist.all_reduce(status, dist.ReduceOp.MAX))
         except ResourceError as lost:
             if isinstance(error, stops.Stopped):
-                raise _heard(stops.Stopped(error.signum, f"{error}; {lost.message}")) from lost
+                raise heard(stops.Stopped(error.signum, f"{error}; {lost.message}")) from lost
             raise lost from error
         if not int(status):
             return
         speaker = -int(status) % self.world_size
-        told = self._spread(_told(error) if error is not None else None, speaker)
+        words = self._spread(told(error) if error is not None else None, speaker)
         if speaker == self.rank and error is not None:
-            raise _heard(error)
-        raise _heard(_error_of(speaker, **told)) from error
+            raise heard(error)
+        raise heard(error_of(speaker, **words)) from error
 
     def all_sum(self, values: FloatArray) -> FloatArray:
         """The sum over all ranks, the same bits on each."""
@@ -183,7 +182,7 @@ class Ranks:
         others = self.gather_json(hashlib.sha256(text.encode()).hexdigest())
         strange = [rank for rank, other in enumerate(others) if other != others[0]]
         if strange:
-            raise _heard(
+            raise heard(
                 ConfigError(
                     f"{what} of rank {strange[0]} differ from those of rank 0",
                     way_out="give all hosts the same files and the same versions",
@@ -196,17 +195,44 @@ class Ranks:
         self.agree()
         return result if result is not None else load()
 
-    def gather_to(self, reader: int, values: Tensor) -> list[Tensor] | None:
-        """The tensors of all ranks, which have one shape, on one of them; the caller has agreed that all is well."""
-        parts = [torch.empty_like(values) for _ in range(self.world_size)] if self.rank == reader else None
-        self._exchange(lambda: dist.gather(values, parts, reader))
-        return parts
+    def shard_by_host(self) -> None:
+        """Let each host hold all weights, sharded over its ranks: ``shard`` of ``shards`` is this rank's part then.
+        Called by all, before the model is loaded.
+
+        Raises:
+            ConfigError: the hosts have different numbers of ranks.
+        """
+        size = self.local_world_size
+        if not self.all_of(self.world_size % size == 0 and self.rank % size == self.local_rank):
+            raise heard(
+                ConfigError("shard is hybrid, and the hosts have different numbers of processes", way_out="use full")
+            )
+        self.shard, self.shards = self.local_rank, size
+        hosts = [list(range(first, first + size)) for first in range(0, self.world_size, size)]
+        self._inner, self._host = self._own_group(hosts), self._own_group(hosts)
+        self._across = self._own_group([list(ranks) for ranks in zip(*hosts, strict=True)])
+
+    def _own_group(self, parts: list[list[int]]) -> Any:
+        """The process group of the part that this rank is in; all ranks make all of them."""
+        timeout = timedelta(seconds=seconds_of(TIMEOUT))
+        groups = [dist.new_group(ranks, timeout=timeout) for ranks in parts]
+        return next(group for group, ranks in zip(groups, parts, strict=True) if self.rank in ranks)
+
+    def gather_to(self, reader: int, values: Tensor) -> Tensor | None:
+        """The rows of all shards, which are equally many, on one rank, in order; the others of its copy of the weights
+        give theirs, and those of other copies do nothing. The caller has agreed that all is well."""
+        if self.rank // self.shards != reader // self.shards:
+            return None
+        whole = values.new_empty(self.shards, *values.shape) if self.rank == reader else None
+        parts = list(whole) if whole is not None else None
+        self._exchange(lambda: dist.gather(values, parts, reader, group=self._host))
+        return whole.flatten(0, 1) if whole is not None else None
 
     def inner_group(self) -> Any:
         """The process group of exchanges in the middle of a forward or a backward, which end unfinished if a rank
         fails, and must not stand in the way of the others then."""
         if self._inner is None:
-            self._inner = dist.new_group(timeout=timedelta(seconds=seconds_of(TIMEOUT)))
+            self._inner = self._own_group([list(range(self.world_size))])
         return self._inner
 
     def exchange_inside(self, start: Callable[[], Any]) -> None:
@@ -229,18 +255,19 @@ class Ranks:
             if self._signs is not None and self._signs.failed:
                 raise CalledAwayError
 
-    def sum_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Add up each gradient over all ranks, in place and in float32 or wider: plain sums, since every rank has
-        divided by the one number of supervised weight of the whole step."""
-        if self.alone:
+    def sum_gradients(self, gradients: Sequence[Tensor], *, of_shard: bool = False) -> None:
+        """Add up each gradient over all ranks, or over those that hold the same shard, in place and in float32 or
+        wider: plain sums, since every rank has divided by the one number of supervised weight of the whole step."""
+        if self.world_size == (self.shards if of_shard else 1):
             return
+        group = self._across if of_shard else None
         buckets = _buckets(gradients)
         # Memory is taken before the others are told that all is well.
         flat = [torch.cat([g.flatten() for g in b]) if len(b) > 1 else b[0].flatten() for b in buckets]
         with stops.shield():
             self._agree(None)
             for whole in flat:
-                self._exchange(partial(dist.all_reduce, whole))
+                self._exchange(partial(dist.all_reduce, whole, group=group))
         for bucket, whole in zip(buckets, flat, strict=True):
             for gradient, part in zip(bucket, torch.split(whole, [g.numel() for g in bucket]), strict=True):
                 if part.data_ptr() != gradient.data_ptr():
@@ -276,7 +303,7 @@ class Ranks:
         except RuntimeError as error:
             gone = self._signs.who_has_gone() or f"an exchange failed: {first_line(error)}"
             stops.excuse()  # a launcher stops those that are left meanwhile
-            self._lost = _heard(ResourceError(gone, way_out="see what it said last; a restart resumes"))
+            self._lost = heard(ResourceError(gone, way_out="see what it said last; a restart resumes"))
             raise self._lost from error
         finally:
             self._waiting = False
@@ -343,15 +370,6 @@ def _ending_together(ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def exit_code_of(error: BaseException) -> int:
-    """What the process ends with."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if isinstance(error, SystemExit):
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    return int(getattr(error, "exit_code", LikelyError.exit_code))
-
-
 def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
     """Neighbours of one dtype, in lists of at most BUCKET numbers or one tensor."""
     buckets: list[list[Tensor]] = []
@@ -363,35 +381,3 @@ def _buckets(gradients: Sequence[Tensor]) -> list[list[Tensor]]:
         else:
             buckets.append([gradient])
     return buckets
-
-
-def _heard(error: Any) -> Any:
-    setattr(error, _agreed, True)
-    return error
-
-
-def _was_heard(error: BaseException | None) -> bool:
-    """Whether all ranks know of the error, or of the one that it came of."""
-    while error is not None and not getattr(error, _agreed, False):
-        error = error.__cause__ or error.__context__
-    return error is not None
-
-
-def _told(error: BaseException) -> dict[str, Any]:
-    """An error in what JSON knows."""
-    if isinstance(error, LikelyError):
-        return {"code": error.exit_code, "words": [error.message, error.place, error.way_out]}
-    if errors.is_out_of_memory(error):
-        return {"code": ResourceError.exit_code, "words": ["out of memory", "", "lower --pack-tokens"]}
-    code, text = exit_code_of(error), f"{type(error).__name__}: {first_line(error)}"
-    if code in {128 + signum for signum in stops.SIGNALS}:
-        text = str(stops.Stopped(code - 128))
-    return {"code": code, "words": [text, "", ""]}
-
-
-def _error_of(speaker: int, code: int, words: list[str]) -> BaseException:
-    message, place, way_out = words
-    if code > 128:
-        return stops.Stopped(code - 128, f"rank {speaker} was {message}")
-    kind = errors.of_code(code)
-    return kind(f"rank {speaker}: {message}", place=place, way_out=way_out)

@@ -154,11 +154,11 @@ def _gathered(names: list[str], tensors: Mapping[str, Tensor], writer: int, rank
         if not isinstance(tensor, DTensor):
             whole[name] = tensor.cpu()
             continue
-        rows, most = local(tensor), -(-int(tensor.shape[0]) // ranks.world_size)
+        rows, most = local(tensor), -(-int(tensor.shape[0]) // ranks.shards)
         padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])]) if len(rows) < most else rows
-        parts = ranks.gather_to(writer, padded.contiguous())
-        if parts is not None:
-            whole[name] = torch.cat(parts)[: tensor.shape[0]].cpu()
+        gathered = ranks.gather_to(writer, padded.contiguous())
+        if gathered is not None:
+            whole[name] = gathered[: tensor.shape[0]].cpu()
     return whole if ranks.rank == writer else {}
 
 
@@ -190,7 +190,7 @@ def _restore_moments(
         raise ValueError(f"the optimizer's moments are those of other parameters: {min(strange)}")
     for name, parameter in parameters.items():
         state = {}
-        first = first_row(parameter, ranks.rank, ranks.world_size)
+        first = first_row(parameter, ranks.shard, ranks.shards)
         for key in MOMENTS:
             stored = held[f"{name}.{key}"]
             if stored.shape != tuple(parameter.shape):

@@ -103,7 +103,7 @@ def _fill(skeleton: Skeleton, ranks: Ranks, device: torch.device) -> None:
         if not parameter.is_meta:
             continue
         if id(parameter) not in filled:
-            first = first_row(parameter, ranks.rank, ranks.world_size)
+            first = first_row(parameter, ranks.shard, ranks.shards)
             rows = read_rows(skeleton.held[name], first, first + len(local(parameter))).to(device)
             whole = DTensor.from_local(
                 rows,

@@ -90,8 +90,10 @@ def _clip_shards(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The step's loss, and the norm of its gradient before each rank has clipped its rows."""
     rows = [local(p.grad) for p in model.network.parameters() if p.grad is not None]
+    ranks.sum_gradients(rows, of_shard=True)
     square = sum(float(torch.linalg.vector_norm(r, dtype=torch.float64)) ** 2 for r in rows)
     loss, square = ranks.all_sum(np.array([float(total), square]))
+    square /= ranks.world_size // ranks.shards  # each row was counted in every copy
     norm = math.sqrt(square) if square >= 0 else math.nan
     if norm > max_grad_norm:
         for gradient in rows:
