@@ -38,8 +38,8 @@ export function scatter(points, open) {
     svg("line", { x1: x(low), y1: y(low), x2: x(high), y2: y(high), class: "rule" }),
     marks,
     label(LEFT + INNER / 2, SIZE - 8, "axis middle", "loss before, nats per token"),
-    label(LEFT + 8, TOP + 14, "axis strong", "✕ less likely now"),
-    label(LEFT + INNER - 8, TOP + INNER - 10, "axis strong end", "● more likely now"),
+    label(LEFT + 8, TOP + 14, "axis strong over", "✕ less likely now"),
+    label(LEFT + INNER - 8, TOP + INNER - 10, "axis strong end over", "● more likely now"),
     svg("text", { transform: `translate(11 ${TOP + INNER / 2}) rotate(-90)`, class: "axis middle" }, "loss after"),
   );
 }

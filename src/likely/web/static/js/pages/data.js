@@ -58,7 +58,7 @@ class DataPage {
     fill(
       this.element,
       h("p", { class: `verdict-words ${found.ok ? "" : "bad"}` }, harmless(found.verdict)),
-      button("Check again", () => this.check(), { class: "quiet" }),
+      h("p", {}, button("Check again", () => this.check(), { class: "quiet" })),
       about(found.data),
       proof(found.proof),
       h("section", {}, h("h2", {}, "What is ", term("mask", "trained"), " of a row"), this.finder(), this.mask),
