@@ -15,6 +15,7 @@ import torch
 from likely.errors import ConfigError
 from likely.insight.distribution import explain_distribution, parse, pulls
 from likely.insight.explain import beliefs, effect_of_a_step, logprobs_at
+from likely.insight.prose import lens_table
 
 ROW = ([1, 2, 3, 4, 5, 6], [0, 0, 1, 1, 0, 1])
 
@@ -61,11 +62,41 @@ def test_a_full_distribution_moves_as_softmax_says() -> None:
         ("a=0.5,a=0.1", "stands twice"),
         ("a=0.6,b=0.6", "sum to 1.2"),
         ("a=0,b=0.6", "gold token"),
+        ("a=25%,b=35%", "no token=probability"),
+        ("a=0.3333334,b=0.3333334,c=0.3333334", r"sum to 1\.0000002"),
+        ("a=0.5,everything else=0.1", "what the listed tokens leave"),
     ],
 )
 def test_what_is_no_distribution(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         explain_distribution(text, None, 0.1)
+
+
+@pytest.mark.parametrize("rate", [1e3, 1e6, 1e308])
+def test_no_step_is_too_large(rate: float) -> None:
+    found = pulls({"a": 0.5, "b": 0.2, "c": 0.0}, "a", rate)
+    assert [p.after for p in found] == pytest.approx([1, 0, 0, 0])
+    assert sum(p.gradient for p in found) == pytest.approx(0)
+
+
+def test_the_second_distribution_may_begin_with_a_rival() -> None:
+    told = explain_distribution("Paris=0.15,London=0.1", "London=0,Paris=0.25", 0.1)
+    assert told["better"].startswith("B is better, by 0.5108 nats")
+    with pytest.raises(ConfigError, match="gives the gold token 'Paris' nothing"):
+        explain_distribution("Paris=0.15", "London=0.2,Paris=0", 0.1)
+
+
+def test_one_state_is_shown_once() -> None:
+    row = {"text": "a", "gold": True, "before": 0.25, "after": 0.5, "gradient_before": -0.75, "gradient_after": -0.5}
+    assert lens_table({"rows": [row]}, None, "B").splitlines()[0].split() == ["next", "token", "B", "p", "-", "onehot"]
+    assert lens_table({"rows": [row]}, None, "B").splitlines()[1].split() == ["a", "(gold)", "50.00%", "-0.5000"]
+    assert "25.00%" in lens_table({"rows": [row]}, "A", "B")
+
+
+def test_what_is_certain_is_not_moved() -> None:
+    told = explain_distribution("a=1", None, 0.1)
+    assert [(p["gradient"], p["after"]) for p in told["pulls"]] == [(0.0, 1.0)]
+    assert "by 0 times" in told["words"]
 
 
 def test_a_token_may_hold_an_equals_sign() -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import likely
-from likely import learning_curve
+from likely import learning_curve, manifest
 from likely.data.families import families, keys_of, nested_rows
 from likely.data.formats import parse_row
 from likely.inputs import read_inputs
@@ -186,6 +186,9 @@ def test_what_is_done_is_not_done_again(
     scores.write_bytes(scores.read_bytes().replace(b"1", b"2", 1))
     again = likely.curve(**settings, output=str(tmp_path / "c"), resume="newest").result
     assert again == whole
+    assert all(
+        len(kept["seen"]["nll_nats"]) == min(p["examples"], 20) for kept, p in zip(*_kept(tmp_path, whole), strict=True)
+    )
     assert len(calls) == 1 + 2 + 6  # the first was lost; one was done, then damaged; all six are trained in the end
     for name in ("curve.json", "curve.csv", "curve.svg", "curve.html"):
         assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -194,6 +197,28 @@ def test_what_is_done_is_not_done_again(
     more = likely.curve(**settings | {"seeds": 3}, output=str(tmp_path / "c"), resume="newest").result
     assert len(calls) == 3
     assert more["points"][:6] == whole["points"]
+
+
+def _kept(tmp_path: Path, whole: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    folders = [tmp_path / "c" / point["folder"] for point in whole["points"]]
+    return [json.loads((folder / "scores.json").read_bytes()) for folder in folders], whole["points"]
+
+
+def test_a_point_of_an_older_version_is_made_again(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Without the rows that were trained on, sealed as it was."""
+    settings |= {"seeds": 1, "epochs": 1.0}
+    whole = likely.curve(**settings, output=str(tmp_path / "c")).result
+    folder = tmp_path / "c" / whole["points"][1]["folder"]
+    kept = json.loads((folder / "scores.json").read_bytes())
+    del kept["seen"]
+    text = json.dumps(kept).encode()
+    (folder / "scores.json").write_bytes(text)
+    sealed = manifest.read(folder)
+    shutil.rmtree(folder)
+    with manifest.put_in_place(folder) as (unfinished, seal):
+        (unfinished / "scores.json").write_bytes(text)
+        seal.close({key: sealed[key] for key in ("kind", "config", "fingerprints")})
+    assert likely.curve(**settings, output=str(tmp_path / "c"), resume="newest").result == whole
 
 
 def test_a_killed_process_is_gone_on_with(tmp_path: Path, settings: dict[str, Any]) -> None:

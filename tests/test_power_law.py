@@ -17,6 +17,7 @@ from likely.insight.power_law import (
     replicate,
     slope_per_doubling,
 )
+from likely.insight.room import Seen, room_for_more
 
 SIZES = np.array([100.0, 200.0, 400.0, 800.0])
 
@@ -187,3 +188,99 @@ def test_an_exponent_that_is_open_is_said_to_be() -> None:
 def test_an_answer_is_a_function_of_the_points() -> None:
     first, second = (judge(simulate(law(0.3, 0.1, 0.5), 3), base=1.0) for _ in range(2))
     assert first == second
+
+
+def seen_of(nll_K: Any, seed: int, *, seeds: int = 3, examples: int = 200, spread: float = 0.4) -> Seen:
+    """Rows that were trained on: ``nll_K`` nats per token on average, each row and each training a little apart."""
+    rng = np.random.default_rng([seed, 9])
+    rows_KS = []
+    for nll in np.asarray(nll_K, float):
+        weights_SN = rng.integers(3, 12, (seeds, examples)).astype(float)
+        per_token_SN = nll + rng.normal(0, spread, (seeds, examples)) + rng.normal(0, 0.003, (seeds, 1))
+        rows_KS.append(list(zip(per_token_SN * weights_SN, weights_SN, strict=True)))
+    return Seen.of(rows_KS)
+
+
+def coin(seed: int, *, noise: float = 0.02) -> Scores:
+    """What 80 to 640 tosses of a coin gave in 300 steps each (docs/log.md): small shares are learnt by heart, and the
+    last one is at the entropy."""
+    rng = np.random.default_rng(seed)
+    nll_KSN = (
+        np.array([0.80, 0.58, 0.29, 0.1985])[:, None, None]
+        + rng.normal(0, noise, (4, 3, 1)) * np.array([1, 1, 0.3, 0.05])[:, None, None]
+    )
+    return Scores(SIZES, nll_KSN + rng.normal(0, 0.01, (4, 1, 200)), np.ones(200))
+
+
+def test_rows_that_were_trained_on_have_a_mean_and_its_error() -> None:
+    nll_N, weight_N = np.array([2.0, 3.0, 7.0]), np.array([1.0, 2.0, 3.0])
+    seen = Seen.of([[(nll_N, weight_N)]])
+    assert seen.nll_KS.tolist() == [[2.0]]
+    assert seen.error_KS[0, 0] == pytest.approx(np.sqrt((0 + 1 + 1) * 3 / 2) / 6)
+    rng = np.random.default_rng(0)
+    draws = [(rng.exponential(1, 50) * (w := rng.integers(1, 9, 50)), w.astype(float)) for _ in range(2000)]
+    many = Seen.of([draws])
+    assert many.error_KS.mean() == pytest.approx(many.nll_KS.std(), rel=0.1)
+
+
+def test_what_more_data_can_bring_at_most() -> None:
+    """The gap to the rows that were trained on; more where their NLL still falls; less where held-out answers differ at
+    one context."""
+    quiet = {"difficulty": 0.0, "by_size": 0.0, "training": 0.0}
+    scores = simulate(law(0.3, 0.1, 0.5), 0, **quiet)
+    assert scores.mean_K[-1] == pytest.approx(0.4)
+    rises, falls = (
+        Seen(np.tile(nll, (3, 1)).T, np.zeros((4, 3))) for nll in ([0, 0.1, 0.2, 0.25], [0.9, 0.6, 0.45, 0.3])
+    )
+    assert room_for_more(scores, rises) == pytest.approx(0.15)
+    assert room_for_more(scores, falls) == pytest.approx(0.1 + 0.15)
+    assert room_for_more(scores, falls, floor=0.38) == pytest.approx(0.02)
+    # A seed that makes both alike leaves no chance in what lies between them.
+    moved = Scores(SIZES, scores.nll_KSN + np.array([-0.001, 0.0, 0.001])[:, None] * scores.weight_N, scores.weight_N)
+    alike = Seen(rises.nll_KS + np.array([-0.001, 0.0, 0.001]), rises.error_KS)
+    # (A drawn seed is now and then so far off that no NLL would be left.)
+    assert np.quantile(room_for_more(moved, alike), [0.01, 1.0]) == pytest.approx(0.15)
+    assert room_for_more(moved, rises).std() > 0.0005
+    assert room_for_more(scores, Seen(rises.nll_KS, rises.error_KS + 0.03)).std() == pytest.approx(
+        0.03 / 3**0.5, rel=0.1
+    )
+
+
+def test_a_floor_that_the_last_point_has_just_reached() -> None:
+    """Without the rows that were trained on a law goes on falling; with them there is nothing to fall to."""
+    without = []
+    for seed in range(4):
+        scores = coin(seed)
+        seen = seen_of([0.0, 0.03, 0.12, 0.195], seed, spread=0.01)
+        without.append(judge(scores, base=6.8)["kind"])
+        found = judge(scores, 6.8, room_B=room_for_more(scores, seen))
+        assert found["kind"] == "saturated", found["verdict"]
+        assert found["room"]["refutes"]
+        assert found["doubling"]["ci95"][1] <= found["room"]["most"] < 0.03
+        assert "rows that were not trained on are hardly less likely than rows that were" in found["verdict"]
+    assert "falls" in without  # the very fault
+    assert "saturated" not in without
+    # What is left is much where training gained little: then the law is wrong, and nothing takes its place.
+    little = judge(scores, 0.25, room_B=room_for_more(scores, seen))
+    assert little["kind"] == "none"
+    assert "a law through them expects" in little["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("truth", "seen_K"),
+    [
+        (law(0.3, 0.10, 0.5), 0.3 - 0.10 * (SIZES / 800) ** -0.5),  # many passes: both go to one limit
+        (law(0.3, 0.10, 0.5), 0.3 + 0.10 * (SIZES / 800) ** -0.5),  # one pass: no row is known better than another
+        (law(0.3, 0.05, 1.0), 0.3 - 0.01 * (SIZES / 800) ** -1.0),
+    ],
+)
+def test_a_curve_that_falls_is_believed(truth: Any, seen_K: Any) -> None:
+    """Seen rows take away no answer, and no more of an interval than is sure not to be there."""
+    gain, hits = float(truth(1.0) - truth(2.0)), 0
+    for seed in range(8):  # docs/log.md has more
+        scores = simulate(truth, seed)
+        found = judge(scores, 1.0, room_B=room_for_more(scores, seen_of(seen_K, seed)))
+        assert found["kind"] == "falls", found["verdict"]
+        low, high = found["doubling"]["ci95"]
+        hits += low <= gain <= high
+    assert hits >= 6

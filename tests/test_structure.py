@@ -154,6 +154,8 @@ WITHIN = {
         "plan",
         "check_page",
         "power_law",
+        "room",
+        "curve_point",
         "curve_answer",
         "curve_page",
     ],

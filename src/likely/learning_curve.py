@@ -3,7 +3,8 @@
     DIR/config.yaml, origins.json   the settings of all trainings, and the hashes of what they start from
     DIR/metrics.jsonl               of the training under way
     DIR/points/base/                held-out NLL of each example under the base model
-    DIR/points/rows-N-seed-S/       the same after training on N rows with seed S, and the training's metrics.jsonl
+    DIR/points/rows-N-seed-S/       the same after training on N rows with seed S, and of as many rows that were trained
+                                    on; and the training's metrics.jsonl
     DIR/curve.json, .csv, .svg, .html   all points and what they say
 
 No weights are kept. A point is there once its folder is, synced and sealed by a manifest; what is not there is trained.
@@ -26,22 +27,24 @@ from likely.data.dataset import Dataset
 from likely.data.families import families, nested_rows
 from likely.data.order import num_steps
 from likely.data.table import Table
+from likely.data.trie import entropy_floor
 from likely.errors import ConfigError, DataError, ModelError
 from likely.inputs import Inputs, load_model, plan_of, read_inputs, tuning_of
 from likely.insight import curve_page
 from likely.insight import evaluate as evaluation
 from likely.insight.curve_answer import judge
+from likely.insight.curve_point import Judge, Judged, some_of
 from likely.insight.power_law import Scores
+from likely.insight.room import Seen, room_for_more
 from likely.journal import Journal
 from likely.model import load as models
 from likely.model.forward import LanguageModel
 from likely.model.fuse import fusing
 from likely.training import engine
-from likely.training.checkpoint import State
 from likely.training.log import Display, MetricsFile, UnwrittenMetrics
 from likely.training.optim import build_optimizer
 from likely.training.parallel import Ranks, joined
-from likely.types import FloatArray, StepMetrics
+from likely.types import Example, FloatArray, StepMetrics
 from likely.verb_settings import CurveSettings
 
 BASE = "base"
@@ -72,14 +75,6 @@ class _Point:
     @property
     def name(self) -> str:
         return f"rows-{len(self.table.conversations):09d}-seed-{self.seed}"
-
-
-@dataclass(frozen=True)
-class _Judged:
-    """What a point's folder holds: the weighted NLL (nats) of each held-out example, and after how many steps."""
-
-    nll_N: FloatArray
-    step: int
 
 
 @dataclass(frozen=True)
@@ -182,34 +177,34 @@ def _points_of(job: _Job) -> list[_Point]:
     return points
 
 
-def _find_done(job: _Job, names: Sequence[str]) -> dict[str, _Judged]:
+def _find_done(job: _Job, names: Sequence[str]) -> dict[str, Judged]:
     """The points that an earlier process has finished; one that can't be trusted is told, and made again."""
-    found: dict[str, _Judged] = {}
+    found: dict[str, Judged] = {}
     for name in names:
         folder = job.points / name
         if not folder.exists() or not job.ranks.first:
             continue
         try:
             manifest.verify(folder)
-            content = json.loads((folder / "scores.json").read_bytes())
-            nll_N = np.array(content["nll_nats"], np.float64)
-            if nll_N.shape != (len(job.held_out.examples),):
-                raise ModelError("scores.json is of other held-out rows", place=str(folder))
-            found[name] = _Judged(nll_N, content["step"])
-        except (ModelError, OSError, ValueError, KeyError, TypeError) as error:
+            scores = folder / "scores.json"
+            judged = Judged.from_json(json.loads(scores.read_bytes()), str(scores))
+            if judged.nll_N.shape != (len(job.held_out.examples),):
+                raise ModelError("is of other held-out rows", place=str(scores))
+            found[name] = judged
+        except (ModelError, OSError, ValueError) as error:
             job.display.say(f"passed over: {error}")
-    told = job.ranks.first_says([[name, judged.nll_N.tolist(), judged.step] for name, judged in found.items()])
-    return {name: _Judged(np.array(nll_N), step) for name, nll_N, step in told}
+    told = job.ranks.first_says([[name, judged.to_json()] for name, judged in found.items()])
+    return {name: Judged.from_json(content) for name, content in told}
 
 
-def _train(job: _Job, missing: Sequence[_Point], done: dict[str, _Judged]) -> None:
+def _train(job: _Job, missing: Sequence[_Point], done: dict[str, Judged]) -> None:
     """The points that are not done, from one model in memory; each is in ``done`` and on the disk before the next."""
     display, model = job.display, load_model(job.inputs, ranks=job.ranks)
     for note in model.kernels.notes:
         display.say(note)
     restart = models.Restart(model, tuning_of(job.inputs.config))
     if BASE not in done:
-        done[BASE] = _Judged(_Judge(job, model).score(), 0)
+        done[BASE] = _judge_of(job, model, []).judge(0)
         _save(job, BASE, done[BASE])
     steps_before = 0
     total = sum(point.steps for point in missing)
@@ -229,39 +224,16 @@ def _train(job: _Job, missing: Sequence[_Point], done: dict[str, _Judged]) -> No
             steps_before += point.steps
 
 
-class _Judge:
-    """Scores the held-out rows, and keeps what the best evaluation gave."""
-
-    def __init__(self, job: _Job, model: LanguageModel) -> None:
-        self._job, self._model = job, model
-        self.latest = self.best = np.empty(0)
-
-    def score(self) -> FloatArray:
-        """Weighted NLL of each held-out example, nats."""
-        self._scores()
-        return self.latest
-
-    def evaluate(self) -> evaluation.Evaluation:
-        return evaluation.summarize(self._job.held_out.examples, self._scores(), self._job.inputs.tokenizer)
-
-    def keep(self, state: State) -> None:
-        """Told of a state worth saving."""
-        if state.best and state.best[0] == state.step:
-            self.best = self.latest
-
-    def _scores(self) -> Any:
-        examples = self._job.held_out.examples
-        pack_tokens, ranks = self._job.inputs.config.pack_tokens or 0, self._job.ranks
-        scores = evaluation.score_examples(self._model, examples, pack_tokens, ranks=ranks)
-        self.latest, _ = evaluation.nll_per_example(examples, scores)
-        return scores
+def _judge_of(job: _Job, model: LanguageModel, trained_on: Sequence[Example]) -> Judge:
+    inputs = job.inputs
+    return Judge(model, inputs.tokenizer, job.held_out.examples, trained_on, inputs.config.pack_tokens or 0, job.ranks)
 
 
-def _train_point(job: _Job, model: LanguageModel, point: _Point, show: Callable[[StepMetrics], None]) -> _Judged:
+def _train_point(job: _Job, model: LanguageModel, point: _Point, show: Callable[[StepMetrics], None]) -> Judged:
     config = job.inputs.config.model_copy(update={"seed": point.seed})
     metrics = (MetricsFile if job.ranks.first else UnwrittenMetrics)(job.claim.folder / "metrics.jsonl")
     metrics.rewind(0)
-    judge = _Judge(job, model)
+    judge = _judge_of(job, model, some_of(point.table.examples, len(job.held_out.examples), point.seed))
     journal = Journal(
         metrics,
         point.steps,
@@ -276,23 +248,22 @@ def _train_point(job: _Job, model: LanguageModel, point: _Point, show: Callable[
     optimizer = build_optimizer(model.network.parameters(), config.weight_decay)
     examples = point.table.examples
     engine.train(model, examples, optimizer, plan_of(config, point.steps, examples), journal, ranks=job.ranks)
-    if config.patience and journal.best:
-        return _Judged(judge.best, journal.best[0])
-    return _Judged(judge.score(), journal.step)
+    if config.patience and judge.best:
+        return judge.best
+    return judge.judge(journal.step)
 
 
-def _save(job: _Job, name: str, judged: _Judged) -> None:
+def _save(job: _Job, name: str, judged: Judged) -> None:
     """Put a point in place, by the first rank; when this returns there, no crash can take it away."""
     if not job.ranks.first:
         return
     final, metrics = job.points / name, job.claim.folder / "metrics.jsonl"
-    content = {"step": judged.step, "nll_nats": judged.nll_N.tolist()}
     job.claim.require()
     with stops.shield(), storage.disk_errors(final, "the point"):
         with manifest.put_in_place(final) as (unfinished, seal):
             if name != BASE:
                 storage.system.rename(metrics, unfinished / "metrics.jsonl")
-            storage.create_file(unfinished / "scores.json", json.dumps(content).encode())
+            storage.create_file(unfinished / "scores.json", json.dumps(judged.to_json()).encode())
             seal.close({"kind": "point", **job.about})
         job.claim.saved.append(f"the point {name}")
 
@@ -301,7 +272,7 @@ def _weights(data: Dataset) -> FloatArray:
     return np.array([example.weights_T.sum() for example in data.examples])
 
 
-def _compose(job: _Job, points: Sequence[_Point], done: dict[str, _Judged]) -> dict[str, Any]:
+def _compose(job: _Job, points: Sequence[_Point], done: dict[str, Judged]) -> dict[str, Any]:
     """The content of curve.json: a function of the points alone, whichever processes made them."""
     config, held_out, shares = job.inputs.config, job.held_out, job.settings.sizes
     weight_N = _weights(held_out)
@@ -311,7 +282,9 @@ def _compose(job: _Job, points: Sequence[_Point], done: dict[str, _Judged]) -> d
     scores, base_N = Scores(size_K, nll_KSN, weight_N), done[BASE].nll_N
     base = float(base_N.sum() / weight_N.sum())
     seen = config.eval_data is not None and held_out.sha256 == job.inputs.data.sha256
-    answer = judge(scores, base, [SEEN] if seen else [])
+    seen_rows = Seen.of([[(done[p.name].seen_nll_M, done[p.name].seen_weight_M) for p in own] for own in of_share])
+    room_B = room_for_more(scores, seen_rows, entropy_floor(held_out.examples))
+    answer = judge(scores, base, [SEEN] if seen else [], room_B)
     last = "best evaluation" if config.patience else "last weights"
     passes = f"{config.steps} optimizer steps" if config.steps else f"{config.epochs:g} passes over its rows"
     return {
@@ -327,6 +300,7 @@ def _compose(job: _Job, points: Sequence[_Point], done: dict[str, _Judged]) -> d
                 "nll": float(scores.mean_K[k]),
                 "ci95": answer["size_ci95"][k],
                 "nll_of_seeds": scores.mean_KS[k].tolist(),
+                "seen_nll": float(seen_rows.nll_KS[k].mean()),
             }
             for k, share in enumerate(shares)
         ],
@@ -340,6 +314,7 @@ def _compose(job: _Job, points: Sequence[_Point], done: dict[str, _Judged]) -> d
                 "steps": point.steps,
                 "judged_after": done[point.name].step,
                 "nll": float(done[point.name].nll_N.sum() / weight_N.sum()),
+                "seen_nll": done[point.name].seen_nll,
                 "folder": f"points/{point.name}",
             }
             for point in points

@@ -44,12 +44,17 @@ def _words(result: dict[str, Any]) -> list[str]:
     if spread:
         seeds, examples = spread["seeds"], spread["examples"]
         words.append(f"chance in that: ± {seeds:.4f} from the seeds, ± {examples:.4f} from the held-out examples")
+    room = result["room"]
+    words.append(
+        f"rows that were trained on: NLL {result['sizes'][-1]['seen_nll']:.4f} with all rows, so a doubling can bring"
+        f" about {max(room['nats'], 0):.4f} nats at most ({room['most']:.4f} with chance)"
+    )
     return [*words, f"held fixed: {result['held_fixed']}"]
 
 
 def to_csv(result: dict[str, Any]) -> str:
     """One line a training, the base first."""
-    columns = ["share", "rows", "examples", "tokens", "seed", "steps", "judged_after", "nll", "folder"]
+    columns = ["share", "rows", "examples", "tokens", "seed", "steps", "judged_after", "nll", "seen_nll", "folder"]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -77,7 +82,7 @@ def _draw(figure: Any, result: dict[str, Any]) -> None:
     sizes = result["sizes"]
     rows_K = np.array([size["rows"] for size in sizes])
     nll_K = np.array([size["nll"] for size in sizes])
-    if result["kind"] != "none":
+    if result["kind"] != "none" and not result["room"]["refutes"]:
         _draw_law(axes, result, rows_K)
     bars = np.array([[nll - size["ci95"][0], size["ci95"][1] - nll] for nll, size in zip(nll_K, sizes, strict=True)]).T
     axes.errorbar(

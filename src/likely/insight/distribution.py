@@ -16,10 +16,10 @@ REST = "everything else"
 
 
 def parse(text: str) -> dict[str, float]:
-    """``"Paris=0.25,London=0.1"`` -> ``{"Paris": 0.25, "London": 0.1}``. The first token is the gold one.
+    """``"Paris=0.25,London=0.1"`` -> ``{"Paris": 0.25, "London": 0.1}``, in this order.
 
     Raises:
-        ConfigError: no such pairs, a token twice, numbers that are no probabilities, or a gold token without any.
+        ConfigError: no such pairs, a token twice, or numbers that are no probabilities.
     """
     found: dict[str, float] = {}
     for pair in text.split(","):
@@ -32,12 +32,12 @@ def parse(text: str) -> dict[str, float]:
             raise ConfigError(f"{pair!r} is no token=probability", way_out="write gold=0.25,rival=0.35")
         if name.strip() in found:
             raise ConfigError(f"the token {name.strip()!r} stands twice", way_out="name each token once")
+        if name.strip() == REST:
+            raise ConfigError(f"{REST!r} is what the listed tokens leave of 1", way_out="leave it out")
         found[name.strip()] = probability
     total = sum(found.values())
     if total > 1 + 1e-9:
-        raise ConfigError(f"the probabilities sum to {total:g}", way_out="let them sum to at most 1")
-    if next(iter(found.values())) == 0:
-        raise ConfigError("the gold token, the first one, has probability 0", way_out="no finite step changes that")
+        raise ConfigError(f"the probabilities sum to {total:.12g}", way_out="let them sum to at most 1")
     return found
 
 
@@ -62,7 +62,10 @@ def pulls(distribution: Mapping[str, float], gold: str, rate: float) -> list[Pul
     total = sum(distribution.values())
     named = dict(distribution) | ({REST: 1 - total} if total < 1 - 1e-9 else {})
     gradient = {text: p - (text == gold) for text, p in named.items()}
-    lifted = {text: p * math.exp(0 if text == REST else -rate * gradient[text]) for text, p in named.items()}
+    # With the largest logit at 0, so that no step size is too large.
+    logit = {text: math.log(p) - (0 if text == REST else rate * gradient[text]) for text, p in named.items() if p > 0}
+    highest = max(logit.values())
+    lifted = {text: math.exp(logit[text] - highest) if text in logit else 0.0 for text in named}
     mass = sum(lifted.values())
     return [Pull(text, text == gold, p, gradient[text], lifted[text] / mass) for text, p in named.items()]
 
@@ -87,10 +90,12 @@ def explain_distribution(text: str, against: str | None, rate: float) -> dict[st
         ``{"gold", "nll", "pulls": [...], "words": sentence, "better": sentence or null}``
 
     Raises:
-        ConfigError: see :func:`parse`, or the second distribution has no probability for the gold token.
+        ConfigError: see :func:`parse`, or one of them has no probability for the gold token, the first of ``text``.
     """
     distribution = parse(text)
     gold = next(iter(distribution))
+    if distribution[gold] == 0:
+        raise ConfigError("the gold token, the first one, has probability 0", way_out="no finite step changes that")
     found = pulls(distribution, gold, rate)
     better = None
     if against is not None:
@@ -101,7 +106,7 @@ def explain_distribution(text: str, against: str | None, rate: float) -> dict[st
     own = found[0]
     rivals = max((p for p in found[1:] if p.text != REST), key=lambda p: p.probability, default=None)
     words = (
-        f"The update raises the logit of the gold token {gold!r} by {-own.gradient:.4g} times the step size"
+        f"The update raises the logit of the gold token {gold!r} by {abs(own.gradient):.4g} times the step size"
         f" (1 - {own.probability:.4g}) and lowers each other logit by its own probability times the step size"
     )
     if rivals is not None:

@@ -141,11 +141,16 @@ def replicate(scores: Scores, *, seeds: bool = True, examples: bool = True, num:
     if num_seeds < 2:
         raise ValueError("one seed has no spread")
     apart_KS = scores.mean_KS - scores.mean_K[:, None]
-    moves_BS = rng.standard_normal((num, num_seeds)) / np.sqrt(num_seeds * (num_seeds - 1))
+    moved: FloatArray = mean_BK + moves_of_seeds(rng, num, num_seeds) @ apart_KS.T
+    return moved
+
+
+def moves_of_seeds(rng: np.random.Generator, num: int, num_seeds: int) -> FloatArray:
+    """Factors of the seeds' distances from their mean, (num, seeds), by which other seeds could have moved it."""
+    moves_BS: FloatArray = rng.standard_normal((num, num_seeds)) / np.sqrt(num_seeds * (num_seeds - 1))
     # Student's: the spread itself is known from few curves.
     moves_BS /= np.sqrt(rng.chisquare(num_seeds - 1, (num, 1)) / (num_seeds - 1))
-    moved: FloatArray = mean_BK + moves_BS @ apart_KS.T
-    return moved
+    return moves_BS
 
 
 def _other_examples(scores: Scores, rng: np.random.Generator, num: int) -> FloatArray:

@@ -45,12 +45,19 @@ def explanation(result: dict[str, Any]) -> str:
     lines += [
         "",
         "The first answer token:",
-        lens_table(result["first_token"], "A" if "A" in result["nll"] else "B", "B"),
+        lens_table(result["first_token"], "A" if "A" in result["nll"] else None, "B"),
     ]
     return "\n".join([*lines, "", result["verdict"]])
 
 
-def lens_table(lens: dict[str, Any], before: str, after: str) -> str:
+def lens_table(lens: dict[str, Any], before: str | None, after: str) -> str:
+    """The rows of a lens; one state alone where there is nothing ``before``."""
+    if before is None:
+        lines = [f"{'next token':>18} {after:>8}   p - onehot"]
+        for row in lens["rows"]:
+            text = repr(row["text"])[1:-1] + (" (gold)" if row["gold"] else "")
+            lines.append(f"{text:>18} {row['after']:8.2%}      {row['gradient_after']:+.4f}")
+        return "\n".join(lines)
     lines = [f"{'next token':>18} {before:>8} {after:>8}   p - onehot: {before:>6} {after:>9}"]
     for row in lens["rows"]:
         text = repr(row["text"])[1:-1] + (" (gold)" if row["gold"] else "")
