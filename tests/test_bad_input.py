@@ -124,6 +124,16 @@ REFUSED: dict[str, tuple[str, bytes, int | None, str]] = {
         2,
         "arguments: broken JSON: the key 'a' stands twice",
     ),
+    "null among tokens": ("d.jsonl", b'{"input_ids": [1, null], "labels": [1, null]}\n', 1, "no list of whole numbers"),
+    "a separator of JSON text sequences": ("d.jsonl", LINE + b"\x1e" + LINE, 2, "broken JSON at column 1"),
+    "a next-line character for an end": ("d.jsonl", LINE.rstrip() + b"\xc2\x85" + LINE, 1, "Extra data"),
+    "a garbage byte behind gzip": (
+        "d.jsonl.gz",
+        gzip.compress(LINE * 3) + gzip.compress(LINE)[:20],
+        None,
+        "broken gzip",
+    ),
+    "a name that steers a terminal": ("\x1b[31mred.jsonl", LINE + b"{\n", 2, "broken JSON"),
     "a thought that is a number": ("d.jsonl", LINE + said(USER, {**ASSISTANT, "thinking": 3}), 2, "thinking is 3"),
     "a thought in parts": (
         "d.jsonl",
@@ -187,7 +197,8 @@ def test_bad_data(likely: Likely, tmp_path: Path, tiny_model_dir: Path, name: st
     started = time.monotonic()
     told = likely("train", "--model", tiny_model_dir, "--data", file, "--output", "run")
     assert_refused(told, 3, words)
-    assert told.err.startswith(f"error: {file}:{line}: " if line else f"error: {file}: ")
+    place = file.replace("\x1b", r"\x1b")  # which no terminal obeys
+    assert told.err.startswith(f"error: {place}:{line}: " if line else f"error: {place}: ")
     assert time.monotonic() - started < 30
     assert (tmp_path / file).read_bytes() == raw
     assert [path.name for path in tmp_path.iterdir()] == [file]

@@ -26,7 +26,7 @@ from likely.config import (
     template_yaml,
 )
 from likely.credentials import redact
-from likely.errors import ConfigError, DataError, LikelyError, ResourceError, is_out_of_memory
+from likely.errors import ConfigError, DataError, LikelyError, ResourceError, harmless, is_out_of_memory
 from likely.flags import with_flags, with_value
 from likely.stops import Stopped
 from likely.streams import lasting, silence
@@ -368,7 +368,7 @@ def _explain(error: BaseException) -> tuple[str, int]:
         code = ResourceError.exit_code
     elif is_out_of_memory(error):
         text, code = "out of memory; lower --pack-tokens, or use --tune lora", ResourceError.exit_code
-    return redact(" ".join(text.split())), code
+    return redact(harmless(" ".join(text.split()))), code
 
 
 def main() -> None:

@@ -110,6 +110,11 @@ class GuardError(LikelyError):
         super().__init__(message, place=place, way_out=way_out)
 
 
+def harmless(text: str) -> str:
+    """Text for a terminal: a file's name or a template's words may have characters that steer it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error of foreign code says, short enough for one line of ours: its first line, and the second where the
     first only announces it."""

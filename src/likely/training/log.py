@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from likely import launched, storage
-from likely.errors import ModelError
+from likely.errors import ModelError, harmless
 from likely.types import StepMetrics
 
 Item = TypeVar("Item")
@@ -122,7 +122,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line, as it is: text of users is not markup."""
-        self.console.print(text, markup=False)
+        self.console.print(harmless(text), markup=False)
 
     def track(self, items: Iterable[Item], title: str, total: int) -> Iterator[Item]:
         """The items, with a bar of how many are done and the time left."""
