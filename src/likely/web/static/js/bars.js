@@ -3,13 +3,13 @@
 import { label, svg } from "./dom.js";
 import { percent, shortened, signed, visible } from "./format.js";
 
-const WIDTH = 380;
+const WIDTH = 394;
 const ROW = 44;
 const HEAD = 34;
 const BAR = 13;
-const NAMES = 106; // where the bars begin
+const NAMES = 120; // where the bars begin
 const CHANCE = 140; // width of probability 1
-const MIDDLE = 340; // zero of p - onehot
+const MIDDLE = 354; // zero of p - onehot
 const PUSH = 32; // width of 1 there
 
 /**
