@@ -186,14 +186,14 @@ def _verdict(
         )
     if kind == "saturated" and room and room["refutes"]:
         return (
-            "More data of this kind is not expected to help: rows that were not trained on are hardly less likely than"
-            f" rows that were, which more rows make no more likely, so doubling the data can lower held-out NLL by"
-            f" {high:.4f} nats per token at best, where training gained {gained:.4f}."
+            "More data of this kind is not expected to help training as it is set here: rows that were not trained on"
+            f" are hardly less likely than rows that were, which more rows make no more likely, so doubling the data"
+            f" can lower held-out NLL by {high:.4f} nats per token at best, where training gained {gained:.4f}."
         )
     if kind == "saturated":
         return (
-            f"More data of this kind is not expected to help: doubling it would lower held-out NLL by {nats:.4f} ±"
-            f" {half:.4f} nats per token, no more than chance would, and by {high:.4f} at best, where training"
-            f" gained {gained:.4f}."
+            "More data of this kind is not expected to help training as it is set here: doubling it would lower"
+            f" held-out NLL by {nats:.4f} ± {half:.4f} nats per token, no more than chance would, and by"
+            f" {high:.4f} at best, where training gained {gained:.4f}."
         )
     return f"These points can't support an answer: {'; '.join(reasons)}."
