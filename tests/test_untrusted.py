@@ -505,6 +505,11 @@ def test_damaged_tokenizers_and_configs(model_dir: Path, name: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_context_without_end_is_bounded(model_dir: Path) -> None:
+    set_config(max_position_embeddings=10**18)(model_dir)
+    assert read_context_length(find_model(str(model_dir))) == 1 << 30
+
+
 def test_replacements_of_real_tokenizers_are_within_bounds(model_dir: Path) -> None:
     """Llama's, whose spaces become three bytes, and a few more."""
     set_tokenizer(normalizer=replacing("▁", 3))(model_dir)

@@ -27,6 +27,7 @@ from likely.types import Example
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 STEP = re.compile(r"(?:step-)?([0-9]{1,12})")
+LONGEST = 1 << 30  # tokens; lengths are held in 32 bits
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "README.md"]
 FRONT_MATTER = re.compile(r"\ufeff?---\n(.*?\n)---\n", re.DOTALL)
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,40}")
@@ -245,7 +246,7 @@ def context_length(config: Any) -> int:
         if parameters.get("rope_type") in {"dynamic", "longrope"}:
             original = parameters.get("original_max_position_embeddings")
             lengths.append(original or getattr(config, "original_max_position_embeddings", None) or lengths[0])
-    return int(min(lengths))
+    return int(min(*lengths, LONGEST))
 
 
 def choose_max_length(place: Place, wanted: int | None) -> int:
