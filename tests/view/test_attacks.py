@@ -96,6 +96,8 @@ def test_the_token_works_once(run_folder: Path) -> None:
         assert viewer.get(path)[0] == 401  # replayed
         viewer.cookie = headers["set-cookie"].partition(";")[0]
         assert viewer.get("/api/runs")[0] == 200
+        status, headers, _ = viewer.get("/favicon.ico")  # browsers ask for it behind the redirection
+        assert (status, headers["content-type"]) == (200, "image/svg+xml")
     finally:
         assert viewer.close() == 0
 

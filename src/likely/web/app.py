@@ -107,6 +107,7 @@ def make_app(viewer: Viewer) -> Starlette:
     routes = [
         route("/", _document),
         route("/static/{path:path}", _static),
+        route("/favicon.ico", _icon),
         route("/api/runs", _runs),
         route("/api/runs/{run}", _run),
         route("/api/runs/{run}/metrics", _metrics),
@@ -153,6 +154,11 @@ async def _document(viewer: Viewer, _: Request) -> Response:
 
 async def _static(viewer: Viewer, request: Request) -> Response:
     return await _file(viewer, request.path_params["path"])
+
+
+async def _icon(viewer: Viewer, _: Request) -> Response:
+    """What browsers ask for on the way of a redirection, before they have read a page that names the icon."""
+    return await _file(viewer, "icon.svg")
 
 
 async def _file(viewer: Viewer, name: str) -> Response:
