@@ -59,7 +59,7 @@ def precision(seed: int, epochs: float, folder: Path, data_file: Path = DEMO) ->
         seed=seed,
     )
     ranking = Ranking(len(planted))
-    for record in likely.score(model=str(run.folder), data=str(data)):
+    for record in likely.score(model=str(run.folder), data=str(data), with_prompts=True):
         ranking.add(record)
     top = {int(row.record["source"].rpartition(":")[2]) - 1 for row in ranking.top("suspect")}
     return len(top & planted), len(planted)

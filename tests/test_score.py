@@ -183,6 +183,7 @@ def record(
     own = {"position": 1, "text": "a", "logprob": -margin - 0.1, "rival": " b", "rival_logprob": -0.1}
     return {
         "source": source, "nll_nats": nats, "num_tokens": num, "base_nll_nats": base, "shortfall_nats": margin,
+        "prompt_explains": None,
         "contradiction": own if margin else None, "tokens": [],
     }  # fmt: skip
 
@@ -265,7 +266,7 @@ def test_planted_wrong_answers_are_on_top_of_the_suspects(tmp_path: Path, small_
     settings = {"tune": "full", "epochs": 12.0, "batch_size": 24, "learning_rate": 5e-3, "dtype": "float32"}
     run = likely.train(model=str(small_model), data=data, output=str(tmp_path / "run"), **settings)
     ranking = Ranking(len(planted))
-    for made in likely.score(model=str(run.folder), data=data):
+    for made in likely.score(model=str(run.folder), data=data, with_prompts=True):
         ranking.add(made)
     top = {int(row.record["source"].rpartition(":")[2]) - 1 for row in ranking.top("suspect")}
     assert len(top & planted) >= 0.8 * len(planted), (top, planted)

@@ -135,6 +135,7 @@ WITHIN = {
         "guard",
         "generation",
         "conversation",
+        "elsewhere",
         "score_log",
         "score_file",
         "score_reading",

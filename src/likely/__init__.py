@@ -137,10 +137,11 @@ def check(*, model: str, data: str, **settings: Any) -> dict[str, Any]:
     return examine_check(data, make_settings(CheckSettings, {"model": model, **settings}), Display(quiet=True))
 
 
-def score(*, model: str, data: str, **settings: Any) -> Iterator[dict[str, Any]]:
+def score(*, model: str, data: str, with_prompts: bool = False, **settings: Any) -> Iterator[dict[str, Any]]:
     """Exact log-likelihood (nats) of every token of every example of a file, under one model or two.
 
     Args:
+        with_prompts: look also at what each row's prompt does for its answer, which tells suspect labels.
         **settings: any other field of ``likely.verb_settings.LookSettings``, such as ``base`` or ``columns``.
 
     Returns:
@@ -154,7 +155,8 @@ def score(*, model: str, data: str, **settings: Any) -> Iterator[dict[str, Any]]
     from likely.training.log import Display
     from likely.verb_settings import LookSettings
 
-    return look_score(data, make_settings(LookSettings, {"model": model, **settings}), Display(quiet=True))
+    asked = make_settings(LookSettings, {"model": model, **settings})
+    return look_score(data, asked, Display(quiet=True), with_prompts=with_prompts)
 
 
 def evaluate(*, model: str, data: str, **settings: Any) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def score(
     display = Display()
     ranking = Ranking(rank or 0)
     with record_writer(output) if output is not None and launched.speaks() else nullcontext() as write:
-        for record in look.score(data, asked, display, beside=output):
+        for record in look.score(data, asked, display, beside=output, with_prompts=rank is not None):
             ranking.add(record)
             if write is not None:
                 write(record)

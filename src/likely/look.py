@@ -23,6 +23,7 @@ from likely.data.render import Renderer, Supervision, load_tokenizer
 from likely.data.split import hold_out
 from likely.errors import ConfigError, DataError
 from likely.insight import explain as explanation
+from likely.insight.elsewhere import explained_by_prompts
 from likely.insight.evaluate import score_examples
 from likely.insight.lens import compare_next_token
 from likely.insight.score_file import Recorder
@@ -34,7 +35,7 @@ from likely.model.place import Place, check_same_tokens, check_token_ids, choose
 from likely.provenance import device_name, versions, weights_hash
 from likely.training.log import Display
 from likely.training.parallel import ALONE, Ranks, joined
-from likely.types import Conversation, Example, ExampleScore, Message, Source
+from likely.types import Conversation, Example, ExampleScore, FloatArray, Message, Source
 from likely.verb_settings import EvaluateSettings, ExplainSettings, LookSettings
 
 COMMAND_LINE = Source("the command line", 0)
@@ -52,22 +53,26 @@ class _Reading:
     pack_tokens: int
 
 
-def score(data: str, asked: LookSettings, display: Display, *, beside: Path | None = None) -> Iterator[dict[str, Any]]:
+def score(
+    data: str, asked: LookSettings, display: Display, *, beside: Path | None = None, with_prompts: bool = False
+) -> Iterator[dict[str, Any]]:
     """One record per example, in the file's order, also of those without any weight: its NLL under the model and the
     log-probability of every token, and beside it under the base.
 
     Args:
         beside: the output; what is scored is kept in files beside it, so that a killed score goes on.
+        with_prompts: look also at what each row's prompt does for its answer (:mod:`likely.insight.elsewhere`).
 
     Yields:
         ``{"source", "nll_nats", "joint_nll_nats", "num_tokens", "base_nll_nats", "base_joint_nll_nats",
-        "contradiction", "tokens": [{"id", "text", "role", "weight", "logprob", "rank", "entropy", "base_logprob"}]}``;
+        "shortfall_nats", "prompt_explains", "contradiction",
+        "tokens": [{"id", "text", "role", "weight", "logprob", "rank", "entropy", "base_logprob"}]}``;
         null where nothing predicts the token, and where there is no base.
     """
     with joined() as ranks:
         launched.require(asked.nproc)
         reading = _read(data, asked, display, ranks, keep_unweighted=True)
-        yield from _records(reading, asked, display, beside, ranks)
+        yield from _records(reading, asked, display, beside, ranks, with_prompts=with_prompts)
 
 
 def score_held_out(
@@ -98,21 +103,31 @@ def score_held_out(
 
 
 def _records(
-    reading: _Reading, asked: LookSettings, display: Display, beside: Path | None, ranks: Ranks
+    reading: _Reading,
+    asked: LookSettings,
+    display: Display,
+    beside: Path | None,
+    ranks: Ranks,
+    *,
+    with_prompts: bool = False,
 ) -> Iterator[dict[str, Any]]:
     recorder = Recorder(reading.tokenizer)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(TemporaryDirectory(prefix="likely-"))) if beside is None else beside.parent
         name = beside.name if beside else "scores"
         logs, scores = [], []
+        share_N = np.full(len(reading.dataset.examples), np.nan)
         for state, model in (("model", asked.model), ("base", asked.base)):
             if model is not None:
                 logs.append(folder / f".{name}.{state}-scores")
-                scores.append(stack.enter_context(_logged(logs[-1], model, reading, display, ranks)))
+                loaded, own = stack.enter_context(_logged(logs[-1], model, reading, display, ranks))
+                scores.append(own)
+                if with_prompts and state == "model":
+                    share_N = _explained(loaded, own, reading, display, ranks)
         if not ranks.first:
             return
         for i, example in enumerate(reading.dataset.examples):
-            yield recorder.record(example, scores[0][i], scores[1][i] if len(scores) > 1 else None)
+            yield recorder.record(example, scores[0][i], scores[1][i] if len(scores) > 1 else None, float(share_N[i]))
         for log in logs:
             log.unlink()
 
@@ -120,7 +135,7 @@ def _records(
 @contextmanager
 def _logged(
     log: Path, model: str, reading: _Reading, display: Display, ranks: Ranks
-) -> Iterator[Sequence[ExampleScore]]:
+) -> Iterator[tuple[LanguageModel, Sequence[ExampleScore]]]:
     loaded = models.load_model(model)
     place = find_model(model)
     about = {
@@ -136,7 +151,15 @@ def _logged(
     key = hashlib.sha256(json.dumps(about, sort_keys=True, default=repr).encode()).digest()
     tools: dict[str, Any] = {"display": display, "ranks": ranks}
     with logged_scores(log, key, loaded, reading.dataset.examples, reading.pack_tokens, **tools) as scores:
-        yield scores
+        yield loaded, scores
+
+
+def _explained(
+    model: LanguageModel, own: Sequence[ExampleScore], reading: _Reading, display: Display, ranks: Ranks
+) -> FloatArray:
+    dataset = reading.dataset
+    known, longest = own if ranks.first else None, int(dataset.table.length_N.max())
+    return explained_by_prompts(model, dataset.examples, known, reading.pack_tokens, longest, display.track, ranks)
 
 
 def evaluate(data: str, asked: EvaluateSettings, display: Display) -> dict[str, Any]:

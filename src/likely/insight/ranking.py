@@ -2,7 +2,8 @@
 
 A label is suspect where a gold token still lies far below another one for a model that was tuned on the data: as in
 confident learning (Northcutt, Jiang & Chuang 2021) the model's belief is held against the given label. Of these rows
-those with the highest NLL per token come first; docs/log.md has what else was tried.
+those come first whose answer is explained least by its prompt (:mod:`likely.insight.elsewhere`), or, where that is not
+known of any row, those with the highest NLL per token; docs/log.md has what else was tried.
 """
 
 from __future__ import annotations
@@ -15,13 +16,26 @@ from typing import Any
 from likely.insight.pictures import visible
 
 FAR_BELOW = 1.0  # nats: the other token is e times as likely
+MEASURES = ("suspect", "worse", "surprising")
+TITLES: dict[str, tuple[str, str]] = {
+    "suspect": (
+        "Suspect labels: other rows' prompts explain the answer nearly as well. First column: its NLL, over theirs.",
+        "",
+    ),
+    "unlikely": (
+        "Suspect labels: the model holds on to another answer. First column: NLL per token.",
+        "none: no gold token lies far below the model's first choice",
+    ),
+    "worse": ("Rows that got worse. First column: rise of the NLL per token over the base.", "none got worse"),
+    "surprising": ("Most surprising rows. First column: NLL of the whole answer, in nats.", "no row has a weight"),
+}
 
 
 @dataclass(frozen=True, order=True)
 class Ranked:
-    """A row with how far up it stands: nats. Of equal rows the earlier one comes first."""
+    """A row with how far up it stands, in nats or as a ratio of nats. Of equal rows the earlier one comes first."""
 
-    nats: float
+    value: float
     number: int
     record: dict[str, Any] = field(compare=False)
 
@@ -35,7 +49,7 @@ class Ranking:
     nats: float = 0.0
     weight: float = 0.0
     _has_base: bool = False
-    _heaps: dict[str, list[Ranked]] = field(default_factory=lambda: {"suspect": [], "worse": [], "surprising": []})
+    _heaps: dict[str, list[Ranked]] = field(default_factory=lambda: {measure: [] for measure in TITLES})
 
     def add(self, record: dict[str, Any]) -> None:
         """Take in the next record of ``likely score``."""
@@ -54,16 +68,21 @@ class Ranking:
                 self._push("worse", change, facts)
         own = record["contradiction"]
         if own and own["rival_logprob"] - own["logprob"] >= FAR_BELOW:
-            self._push("suspect", per_token, facts)
+            self._push("unlikely", per_token, facts)
+            if record["prompt_explains"] is not None:
+                self._push("suspect", 1 - record["prompt_explains"], facts)
 
-    def _push(self, measure: str, nats: float, facts: dict[str, Any]) -> None:
-        heapq.heappush(self._heaps[measure], Ranked(nats, -self.num_rows, facts))
+    def _push(self, measure: str, value: float, facts: dict[str, Any]) -> None:
+        heapq.heappush(self._heaps[measure], Ranked(value, -self.num_rows, facts))
         if len(self._heaps[measure]) > self.num:
             heapq.heappop(self._heaps[measure])
 
     def top(self, measure: str) -> list[Ranked]:
         """The rows of ``suspect``, ``worse`` or ``surprising``, the first one first."""
-        return sorted(self._heaps[measure], reverse=True)
+        return sorted(self._heaps[self._named(measure)], reverse=True)
+
+    def _named(self, measure: str) -> str:
+        return "unlikely" if measure == "suspect" and not self._heaps[measure] else measure
 
     @property
     def summary(self) -> str:
@@ -73,27 +92,18 @@ class Ranking:
     def to_text(self) -> str:
         """The three lists as tables for people."""
         parts = []
-        for measure, (title, empty) in TITLES.items():
+        for measure in MEASURES:
             rows = self.top(measure)
+            title, empty = TITLES[self._named(measure)]
             unknown = measure == "worse" and not self._has_base
             instead = "no base was given (--base), so nothing can be said" if unknown else empty
             parts.append("\n".join([title, *(map(_line, rows) if rows else [f"  {instead}"])]))
         return "\n\n".join(parts)
 
 
-TITLES = {
-    "suspect": (
-        "Suspect labels: the model holds on to another answer. First column: NLL per token.",
-        "none: no gold token lies far below the model's first choice",
-    ),
-    "worse": ("Rows that got worse. First column: rise of the NLL per token over the base.", "none got worse"),
-    "surprising": ("Most surprising rows. First column: NLL of the whole answer, in nats.", "no row has a weight"),
-}
-
-
 def _line(row: Ranked) -> str:
     record = row.record
-    line = f"  {row.nats:8.4f}  {record['source']}"
+    line = f"  {row.value:8.4f}  {record['source']}"
     own = record["contradiction"]
     if own:
         line += (

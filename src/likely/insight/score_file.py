@@ -29,9 +29,12 @@ class Recorder:
 
         self._text_of = text_of
 
-    def record(self, example: Example, own: ExampleScore, base: ExampleScore | None) -> dict[str, Any]:
+    def record(
+        self, example: Example, own: ExampleScore, base: ExampleScore | None, prompt_explains: float = math.nan
+    ) -> dict[str, Any]:
         """``{"source", "nll_nats", "joint_nll_nats", "num_tokens", "base_nll_nats", "base_joint_nll_nats",
-        "shortfall_nats", "contradiction", "tokens"}``; null where nothing predicts a token, or where there is no base.
+        "shortfall_nats", "prompt_explains", "contradiction", "tokens"}``; null where nothing predicts a token, where
+        there is no base, or where it is not known what the prompt explains (:mod:`likely.insight.elsewhere`).
         The shortfall is how far the gold tokens lie below the model's first choice at each, summed.
         """
         base_logprob_T = base.logprob_T if base else np.full(len(example.token_ids_T), np.nan)
@@ -43,6 +46,7 @@ class Recorder:
             "base_nll_nats": _conditional(example, base) if base else None,
             "base_joint_nll_nats": _joint(base) if base else None,
             "shortfall_nats": float(np.nansum(example.weights_T * (own.best_logprob_T - own.logprob_T))),
+            "prompt_explains": _number(prompt_explains),
             "contradiction": self._contradiction(example, own),
             "tokens": [
                 {
@@ -181,6 +185,7 @@ def _schema(pa: Any) -> Any:
     row |= {
         "base_joint_nll_nats": nats,
         "shortfall_nats": nats,
+        "prompt_explains": nats,
         "contradiction": pa.struct(list(contradiction.items())),
     }
     return pa.schema(list((row | {"tokens": pa.list_(pa.struct(list(token.items())))}).items()))
