@@ -60,6 +60,7 @@ def make_record(number: int, rng: random.Random) -> dict[str, Any]:
         "base_nll_nats": base,
         "base_joint_nll_nats": base,
         "shortfall_nats": 0.0,
+        "prompt_explains": None if number % 5 == 0 else number / 300,
         "contradiction": None,
         "tokens": tokens,
     }
