@@ -8,20 +8,19 @@ question is explained by nothing, however easy or hard its words are by themselv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
 from likely.data.table import OnDemand
-from likely.insight.evaluate import score_examples
+from likely.insight.evaluate import Track, score_examples
 from likely.model.forward import LanguageModel
 from likely.training.parallel import ALONE, Ranks
 from likely.types import Example, ExampleScore, FloatArray, IntArray
 
 NUM_PROMPTS = 4
 ROWS_AT_ONCE = 4096  # whose scores behind other prompts are held
-Track = Callable[[Iterable[list[int]], str, int], Iterable[list[int]]]
 
 
 def last_answer(example: Example) -> tuple[int, int] | None:
@@ -69,17 +68,16 @@ def explained_by_prompts(
         ]
         moved = OnDemand(len(places), partial(_moved, examples, places))
         scores = score_examples(model, moved, pack_tokens, track, ranks)
-        nats: dict[int, list[float]] = {}
-        for (i, _, (first, end)), score in zip(places, scores, strict=True):
-            weights_T = examples[i].weights_T[first:end]
-            nats.setdefault(i, []).append(-float((weights_T * score.logprob_T[first - end :]).sum()))
         if own is None:
             continue
-        for i, elsewhere in nats.items():
-            first, end = last_answer(examples[i]) or (0, 0)
-            weights_T = examples[i].weights_T[first:end]
-            here = -float((weights_T * own[i].logprob_T[first:end]).sum())
-            share_N[i] = 1 - here / max(float(np.mean(elsewhere)), np.finfo(float).tiny)
+        nats: dict[tuple[int, int, int], list[float]] = {}
+        for (i, prompt, span), score in zip(places, scores, strict=True):
+            elsewhere = -float((examples[i].weights_T[slice(*span)] * score.logprob_T[len(prompt) :]).sum())
+            nats.setdefault((i, *span), []).append(elsewhere)
+        for (i, first, end), behind_others in nats.items():
+            answer = slice(first, end)
+            here = -float((examples[i].weights_T[answer] * own[i].logprob_T[answer]).sum())
+            share_N[i] = 1 - here / max(float(np.mean(behind_others)), np.finfo(float).tiny)
     return share_N
 
 
