@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -126,6 +128,19 @@ def test_a_child_that_was_killed_is_replaced() -> None:
     os.kill(templates._child[0]._process.pid, signal.SIGKILL)
     templates._child[0]._process.wait()
     assert template.texts(SPOKEN, (), [Ask(2)]) == ["2"]
+
+
+def test_a_question_that_comes_while_a_template_runs_waits() -> None:
+    # The system may tell of written bytes after they were read.
+    template = ChatTemplate({"default": "{% for i in range(99999) %}{{ 'a' if i is lt 0 }}{% endfor %}b"}, {})
+    template.texts(SPOKEN, (), [Ask(2)])
+    child = templates._child[0]
+    raw = json.dumps(template._frame(SPOKEN, (), [Ask(2)] * 20)).encode()
+    assert child._process.stdin is not None
+    child._process.stdin.write(struct.pack(">I", len(raw)) + raw)
+    time.sleep(0.1)
+    assert template.texts(SPOKEN, (), [Ask(2)]) == ["b"] * 20
+    child.stop()
 
 
 def test_a_child_that_stands_still_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,31 +170,29 @@ def limit_time(num_texts: int) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
-def end_with_parent(wanted: bool) -> None:
-    """While a template runs, the end of stdin, which comes with the end of the process that asked, ends this one by a
-    signal: no Python would run to notice it in the midst of one long operation. Nothing else arrives meanwhile."""
+def end_with_parent(lifeline: int) -> None:
+    """Ends this process by a signal once the pipe ``lifeline`` ends, as it does with the process that asks: no Python
+    would run to notice it in the midst of one long operation. Nothing is ever written to that pipe: a write to one that
+    is read may raise its signal after it was read."""
     with contextlib.suppress(ImportError, AttributeError, OSError):  # elsewhere the limit on time is left
         import fcntl  # noqa: PLC0415
 
-        flags = fcntl.fcntl(0, fcntl.F_GETFL)
-        fcntl.fcntl(0, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(0, fcntl.F_SETFL, flags | os.O_ASYNC if wanted else flags & ~os.O_ASYNC)
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
         end = select.poll()
-        end.register(0, 0)
-        if wanted and end.poll(0):  # it came before
+        end.register(lifeline, 0)
+        if end.poll(0):  # it came before
             sys.exit()
 
 
 def main() -> None:
+    end_with_parent(int(sys.argv[1]))
     limit_memory()
     templates = Templates()
     while head := sys.stdin.buffer.read(4):
         frame = json.loads(sys.stdin.buffer.read(struct.unpack(">I", head)[0]))
         limit_time(sum(len(row.get("asks", ())) for row in frame.get("rows", [frame])))
-        end_with_parent(True)
-        answer = templates.answer(frame)
-        end_with_parent(False)
-        raw = json.dumps(answer, separators=(",", ":")).encode()
+        raw = json.dumps(templates.answer(frame), separators=(",", ":")).encode()
         sys.stdout.buffer.write(struct.pack(">I", len(raw)) + raw)
         sys.stdout.buffer.flush()
 

@@ -180,16 +180,24 @@ class _Child:
         program = Path(__file__).with_name("jinja_child.py")
         environment = {key: os.environ[key] for key in _ENVIRONMENT if key in os.environ}
         try:
-            # Of this Python and from this package, with nothing of the user's in its arguments.
-            self._process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-P", str(program)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-                env=environment,
-                start_new_session=True,  # Ctrl-C is for us; the child ends with its pipes
-            )
+            childs_end, self._lifeline = os.pipe()
+            try:
+                # Of this Python and from this package, with nothing of the user's in its arguments.
+                self._process = subprocess.Popen(  # noqa: S603
+                    [sys.executable, "-P", str(program), str(childs_end)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    bufsize=0,
+                    env=environment,
+                    pass_fds=(childs_end,),
+                    start_new_session=True,  # Ctrl-C is for us; the child ends with its pipes
+                )
+            except OSError:
+                os.close(self._lifeline)
+                raise
+            finally:
+                os.close(childs_end)
         except OSError as error:
             message = f"the process for chat templates can't be started: {first_line(error)}"
             raise ResourceError(message, way_out="free some memory, or end other processes") from error
@@ -198,7 +206,7 @@ class _Child:
         self._poll = select.poll()
         assert self._process.stdout is not None  # noqa: S101  (both are pipes)
         self._poll.register(self._process.stdout, select.POLLIN)
-        self.stop = weakref.finalize(self, _end, self._process, self.owner)
+        self.stop = weakref.finalize(self, _end, self._process, self._lifeline, self.owner)
 
     @property
     def usable(self) -> bool:
@@ -247,11 +255,12 @@ class _Child:
         return f"no text within {limit:.0f} s"
 
 
-def _end(process: subprocess.Popen[bytes], owner: int) -> None:
+def _end(process: subprocess.Popen[bytes], lifeline: int, owner: int) -> None:
     if os.getpid() != owner:
         return  # a forked process must leave its parent's child alone
     process.kill()
     process.wait()
+    os.close(lifeline)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()
