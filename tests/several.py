@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -70,6 +71,7 @@ def _child(
         stream = os.open(folder / f"said-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(stream, 2)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        faulthandler.dump_traceback_later(PATIENCE - 10)
         with stops.listening():
             gave = work(rank)
         (folder / f"gave-{rank}").write_text(json.dumps(gave), encoding="utf-8")
@@ -90,7 +92,9 @@ def ends(pids: list[int], folder: Path) -> list[Ended]:
     deadline = time.monotonic() + PATIENCE
     try:
         while len(codes) < len(pids):
-            assert time.monotonic() < deadline, f"ranks {[r for r in range(len(pids)) if r not in codes]} still run"
+            assert time.monotonic() < deadline, "still running: " + "\n".join(
+                f"rank {r}: {(folder / f'said-{r}').read_text()}" for r in range(len(pids)) if r not in codes
+            )
             for rank, pid in enumerate(pids):
                 if rank not in codes and (ended := os.waitpid(pid, os.WNOHANG))[0]:
                     codes[rank] = os.waitstatus_to_exitcode(ended[1])

@@ -20,7 +20,7 @@ from likely.errors import ModelError
 from likely.model.attention import TriePlan
 from likely.model.decoder import read_decoder
 from likely.model.forward import connect
-from likely.model.layer import Casts
+from likely.model.linear import Casts
 from likely.training.objective import nll_sum
 from naive import truth
 from test_objective import (

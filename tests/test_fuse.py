@@ -41,7 +41,7 @@ def test_compiled_as_written(
     with fuse.fusing(CPU, said.append, backend):
         compare(twin_of(name, torch.float64), FAMILY, packs, model=model).check(tolerance_of(name))
     assert said == []
-    assert sorted(compiled) == ["_over_its_size", "before_gate", "before_norm", "gated", "rotate", "scaled_normal"]
+    assert sorted(compiled) == ["before_gate", "before_norm", "gated", "normal", "rotate", "scaled_normal"]
 
 
 def test_a_compiler_that_fails_is_told_of_once(

@@ -100,6 +100,7 @@ WITHIN = {
         "flex",
         "kernels",
         "quantized",
+        "linear",
         "layer",
         "decoder",
         "adapters",

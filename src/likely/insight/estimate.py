@@ -50,7 +50,7 @@ PROGRAM_BYTES = {"full": 500e6, "lora": 800e6, "qlora": 1200e6}
 # Bytes of a number in four bits, with its share of the scales of 64 numbers, which are in eight bits themselves; and
 # operations in whose time one is unpacked, which each pack asks for forward and backward.
 PACKED_BYTES, UNPACKING = 0.5 + 1 / 64 + 4 / (64 * 256), 50
-CHUNK_LOGITS = 1 << 25  # as training/objective.py has at once
+CHUNK_LOGITS = 3 << 24  # as training/objective.py has at once
 
 
 @dataclass(frozen=True)

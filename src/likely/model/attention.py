@@ -43,12 +43,14 @@ class Block:
     """Neighbouring queries and all that some of them may see: the nodes of ``path``, and then the nodes ``own``.
     ``queries`` are rows of the query tensor; ``bias`` (n, b) is 0 where a query may see one of the last b keys and -inf
     where not, and the keys before those are seen by all. The last queries, and the last keys, may be empty rows that
-    only round their number up: no query sees such a key, and nobody asks what such a query sees."""
+    only round their number up: no query sees such a key, and nobody asks what such a query sees. ``keys`` (m,) are all
+    of them; what stands for an empty one is the first node."""
 
     queries: slice
     own: slice
     path: Tensor
     bias: Tensor
+    keys: Tensor
     empty_keys: int = 0
 
     @property
@@ -58,7 +60,7 @@ class Block:
     @property
     def num_keys(self) -> int:
         """Empty ones too."""
-        return len(self.path) + int(self.own.stop - self.own.start) + self.empty_keys
+        return len(self.keys)
 
 
 class Kernel(Protocol):
@@ -122,10 +124,9 @@ class TriePlan:
             hidden = np.pad(hidden, ((0, empty_queries), (0, 0)))
             hidden = np.pad(hidden, ((0, 0), (0, empty_keys)), constant_values=True)
             bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(torch.from_numpy(hidden), -math.inf)
-            block = Block(
-                slice(first, last), own, to_device(path, self.device), to_device(bias, self.device), empty_keys
-            )
-            found.append(block)
+            keys = np.concatenate([path, np.arange(own.start, own.stop), np.zeros(empty_keys, np.int64)])
+            on_path, bias, seen = (to_device(x, self.device) for x in (path, bias, keys))
+            found.append(Block(slice(first, last), own, on_path, bias, seen, empty_keys))
         return found
 
 
@@ -171,14 +172,11 @@ def num_kept(blocks: Blocks) -> int:
     return sum(b.bias.shape[0] * b.num_keys for b in blocks if b.num_keys <= KEPT_KEYS)
 
 
-def _gather(x_KTC: Tensor, block: Block) -> Tensor:
+def _gather(x_NTC: Tensor, block: Block) -> Tensor:
     """Keys or values of a block, as :meth:`Block.num_keys` counts them."""
-    parts = [x_KTC[:, block.own]]
-    if len(block.path):
-        parts.insert(0, x_KTC.index_select(1, block.path))
-    if block.empty_keys:
-        parts.append(x_KTC.new_zeros(x_KTC.shape[0], block.empty_keys, x_KTC.shape[2]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if not len(block.path) and not block.empty_keys:
+        return x_NTC[:, block.own]
+    return x_NTC.index_select(1, block.keys)
 
 
 def _queries(x_KGSC: Tensor, block: Block) -> Tensor:
@@ -216,16 +214,17 @@ def attend(
     if not isinstance(blocks, list):
         _refuse_cap(softcap)
         return blocks.attend(q, k, v)
-    K, G, S, _ = q.shape
-    out = q.new_empty(S, K, G, v.shape[-1])
+    K, G, S, C = q.shape
+    out = q.new_empty(S, K, G, C)
     kept = []
+    kv = torch.cat([k, v])
     for block in blocks:
-        query = _queries(q, block)
-        p, _ = _probabilities(query, _gather(k, block), block.bias, softcap)
+        query, (key, value) = _queries(q, block), _gather(kv, block).chunk(2)
+        p, _ = _probabilities(query, key, block.bias, softcap)
         if block.num_keys <= KEPT_KEYS and softcap is None:
             kept.append(p)
-        o = torch.bmm(p, _gather(v, block))
-        out[block.queries] = o.view(K, G, -1, v.shape[-1])[:, :, : block.num_queries].permute(2, 0, 1, 3)
+        o = torch.bmm(p, value)
+        out[block.queries] = o.view(K, G, -1, C)[:, :, : block.num_queries].permute(2, 0, 1, 3)
     return out, kept
 
 
@@ -250,28 +249,28 @@ def attend_backward(
     rest = iter(kept)
     K, G, S, C = q.shape
     dq = q.new_empty(S, K, G, C).permute(1, 2, 0, 3)
-    dk = torch.zeros(k.shape, dtype=_wide(k.dtype), device=k.device)
-    dv = torch.zeros(v.shape, dtype=_wide(v.dtype), device=v.device)
+    kv = torch.cat([k, v])
+    dkv = torch.zeros(kv.shape, dtype=_wide(kv.dtype), device=kv.device)
     for block in blocks:
-        key, value = _gather(k, block), _gather(v, block)
+        key, value = _gather(kv, block).chunk(2)
         query, do = _queries(q, block), _queries(grad.permute(1, 2, 0, 3), block)
         if block.num_keys <= KEPT_KEYS and softcap is None:
             p, slope = next(rest), None
         else:
             p, slope = _probabilities(query, key, block.bias, softcap)
-        dvalue = torch.bmm(p.transpose(1, 2), do)
+        both = kv.new_empty(2 * K, block.num_keys, C)
+        torch.bmm(p.transpose(1, 2), do, out=both[K:])
         dp = torch.bmm(do, value.transpose(1, 2))
         ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)
         if slope is not None:
             ds = (ds * slope).to(p.dtype)
         dq[:, :, block.queries] = torch.bmm(ds, key).view(K, G, -1, C)[:, :, : block.num_queries]
-        dkey = torch.bmm(ds.transpose(1, 2), query)
-        for total, part in ((dk, dkey), (dv, dvalue)):
-            depth = len(block.path)
-            total[:, block.own] += part[:, depth : block.num_keys - block.empty_keys]
-            if depth:
-                total.index_add_(1, block.path, part[:, :depth].to(total.dtype))
-    return dq, dk, dv
+        torch.bmm(ds.transpose(1, 2), query, out=both[:K])
+        depth = len(block.path)
+        dkv[:, block.own] += both[:, depth : block.num_keys - block.empty_keys]
+        if depth:
+            dkv.index_add_(1, block.path, both[:, :depth].to(dkv.dtype))
+    return dq, dkv[:K], dkv[K:]
 
 
 class _TrieAttention(torch.autograd.Function):
@@ -319,10 +318,12 @@ def trie_attention(
     H, K = query.shape[1], key.shape[1]
     dtype = value.dtype
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    q = (query[0] * scale).to(dtype).reshape(K, H // K, *query.shape[2:])
+    # Some models have values of another size than queries and keys; zeros change neither scores nor sums.
+    size = max(query.shape[-1], value.shape[-1])
+    q, k, v = (torch.nn.functional.pad(x[0], (0, size - x.shape[-1])).to(dtype) for x in (query * scale, key, value))
     blocks = plan.blocks(window, dtype)
     with torch.autocast(query.device.type, enabled=False):
         out: Tensor = _TrieAttention.apply(  # type: ignore[no-untyped-call]
-            q, key[0].to(dtype), value[0], blocks, options.get("softcap")
+            q.reshape(K, H // K, *q.shape[1:]), k, v, blocks, options.get("softcap")
         )
-    return out.flatten(1, 2)[None], None
+    return out[..., : value.shape[-1]].flatten(1, 2)[None], None

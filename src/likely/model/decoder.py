@@ -21,7 +21,8 @@ from transformers.activations import ACT2FN
 
 from likely.model import quantized
 from likely.model.attention import TriePlan
-from likely.model.layer import Angles, AttentionHalf, Casts, Linear, MlpHalf, Norm, Sight, parameters
+from likely.model.layer import Angles, AttentionHalf, MlpHalf, Norm, Sight, parameters
+from likely.model.linear import Casts, Linear
 from likely.model.transfer import to_device
 from likely.types import IntArray
 

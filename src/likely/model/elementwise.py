@@ -13,16 +13,21 @@ def silu(x: Tensor) -> Tensor:
 
 
 @fusible
-def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """What goes into the last product of a gated feed-forward network."""
+def gated(gate_up: Tensor) -> Tensor:
+    """What goes into the last product of a gated feed-forward network; gate and up (T, F) stand side by side."""
+    gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate).mul_(up)
 
 
 @fusible
-def before_gate(da: Tensor, opened: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients on up and gate; overwrites ``da`` and ``opened``."""
-    dup = opened.mul_(da)
-    return dup, torch.ops.aten.silu_backward(da.mul_(up), gate)
+def before_gate(da: Tensor, opened: Tensor, gate_up: Tensor) -> Tensor:
+    """Gradients on gate and up, side by side; overwrites ``da`` and ``opened``."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    before = torch.empty_like(gate_up)
+    dgate, dup = before.chunk(2, dim=-1)
+    torch.ops.aten.mul.out(opened, da, out=dup)
+    torch.ops.aten.silu_backward.grad_input(da.mul_(up), gate, grad_input=dgate)
+    return before
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -30,34 +35,41 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _over_its_size(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@fusible
+def normal(x: Tensor, rms: Tensor) -> Tensor:
+    """``x`` over its root mean square, in at least float32; ``rms`` is one over that root, of each row."""
+    return (x.float() * rms).to(wide(x.dtype))
+
+
+@fusible
+def scaled_normal(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The root mean square norm of the last axis (Zhang & Sennrich 2019), with its gain, and one over the root."""
     x32 = x.float()
     rms = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return (x32 * rms).to(wide(x.dtype)), rms
-
-
-normal = fusible(_over_its_size)
+    return (x32 * rms).to(wide(x.dtype)).mul_(weight).to(dtype), rms
 
 
 @fusible
-def scaled_normal(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-    """The root mean square norm of the last axis (Zhang & Sennrich 2019), with its gain."""
-    return (_over_its_size(x, eps)[0] * weight).to(dtype)
+def before_norm(
+    dy: Tensor, normal: Tensor, rms: Tensor, weight: Tensor, past: Tensor | None, wants_dweight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients on what a norm is of, and on its gain, from that on its result; ``past`` is added to the first.
+    All are in at least float32."""
+    products = dy * normal
+    dweight = products.flatten(0, -2).sum(0) if wants_dweight else None
+    along = (products @ weight.to(products.dtype))[..., None] / weight.numel()
+    dx = torch.mul(dy, weight, out=products).addcmul_(normal, along, value=-1)
+    return (dx.mul_(rms) if past is None else torch.addcmul(past, dx, rms)), dweight
 
 
 @fusible
-def before_norm(dnormal: Tensor, normal: Tensor, rms: Tensor) -> Tensor:
-    """The gradient before a norm from that on its result without the gain; overwrites ``dnormal``."""
-    along = (dnormal * normal).mean(-1, keepdim=True)
-    return dnormal.addcmul_(normal, along, value=-1).mul_(rms)
-
-
-@fusible
-def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor) -> Tensor:
-    """Rotary position embedding (Su et al. 2021) with the halves of a head as its planes, in at least float32."""
+def rotate(x_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, back: bool = False) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) with the halves of a head as its planes, in at least float32;
+    ``back`` is the way back, which is the transpose of a rotation."""
     half = x_THC.shape[-1] // 2
     cos, sin = cos_TC[:, None], sin_TC[:, None, :half]
-    out = x_THC * cos
-    out[..., :half].addcmul_(x_THC[..., half:].to(out.dtype), sin, value=-1)
-    out[..., half:].addcmul_(x_THC[..., :half].to(out.dtype), sin)
+    x = x_THC.to(torch.promote_types(x_THC.dtype, cos.dtype))
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin, value=1 if back else -1)
+    out[..., half:].addcmul_(x[..., :half], sin, value=-1 if back else 1)
     return out

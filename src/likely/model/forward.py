@@ -21,7 +21,7 @@ from likely.errors import ModelError, first_line
 from likely.model.attention import NAME, TriePlan, trie_attention
 from likely.model.decoder import Decoder, NotRecognisedError, computed_again, has_hooks, read_decoder
 from likely.model.kernels import Kernels, find_kernels
-from likely.model.layer import Casts
+from likely.model.linear import Casts
 from likely.model.place import context_length
 from likely.model.transfer import to_device, wide_product
 from likely.types import Example, IntArray, Pack, Source
@@ -45,7 +45,7 @@ class Head:
         if narrow_VD is None:
             logits = hidden_SD.to(wide) @ self.weight.to(wide).T
         else:
-            logits = wide_product(hidden_SD.to(narrow_VD.dtype), narrow_VD.T)
+            logits = wide_product(hidden_SD, self.weight.T, narrow_VD.T)
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:

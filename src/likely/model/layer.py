@@ -22,57 +22,7 @@ from torch import Tensor
 
 from likely.model.attention import Blocks, attend, attend_backward, num_kept
 from likely.model.elementwise import before_gate, before_norm, gated, normal, rotate, scaled_normal, silu, wide
-from likely.model.quantized import is_packed, numbers, shape_of
-
-Gradients = list[Tensor | None]
-
-
-@dataclass(frozen=True)
-class _Cast:
-    parameter: Tensor  # held, so that no other tensor takes its identity
-    result: Tensor
-    trained: bool
-    state: tuple[int, int]
-
-    @classmethod
-    def of(cls, parameter: Tensor, result: Tensor) -> _Cast:
-        return cls(parameter, result, parameter.requires_grad, _state(parameter))
-
-
-def _state(parameter: Tensor) -> tuple[int, int]:
-    """Changes with the parameter, unless a fused optimizer or ``parameter.data`` changes it."""
-    return (0 if parameter.is_inference() else parameter._version, parameter.data_ptr())
-
-
-@dataclass
-class Casts:
-    """Parameters in the compute dtype, each cast once until :meth:`forget`, or until the parameter visibly changes; the
-    memory is used again. Those that are not ``kept`` are cast as often as they are needed."""
-
-    dtype: torch.dtype
-    kept: bool = True
-    _kept: dict[int, _Cast] = field(default_factory=dict)
-    _stale: set[int] = field(default_factory=set)
-
-    def __call__(self, parameter: Tensor) -> Tensor:
-        if parameter.dtype == self.dtype:
-            return parameter.detach()
-        if is_packed(parameter):  # to save memory, so it would be lost on a copy that stays
-            return numbers(parameter, self.dtype)
-        if not self.kept or not parameter.is_leaf:
-            return parameter.detach().to(self.dtype)
-        key = id(parameter)
-        cast = self._kept.get(key)
-        if cast is None or (cast.result.shape, cast.result.device) != (parameter.shape, parameter.device):
-            self._kept[key] = _Cast.of(parameter, parameter.detach().to(self.dtype))
-        elif cast.state != _state(parameter) or (key in self._stale and (parameter.requires_grad or cast.trained)):
-            self._kept[key] = _Cast.of(parameter, cast.result.copy_(parameter.detach()))
-        self._stale.discard(key)
-        return self._kept[key].result
-
-    def forget(self) -> None:
-        """Trainable parameters may have changed. Nothing else tells: a fused optimizer leaves their version number."""
-        self._stale = set(self._kept)
+from likely.model.linear import Casts, Gradients, Linear, Linears
 
 
 @dataclass(frozen=True)
@@ -86,67 +36,21 @@ class Norm:
     def parameters(self) -> tuple[Tensor, ...]:
         return (self.weight,)
 
-    def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``x`` over its root mean square, in at least float32, and one over the root mean square."""
-        return normal(x, self.eps)
+    def normal(self, x: Tensor, rms: Tensor) -> Tensor:
+        """``x`` over its root mean square, in at least float32."""
+        return normal(x, rms)
 
-    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The result, and one over the root mean square of each row, from which :meth:`again` has it cheaper."""
         return scaled_normal(x, self.weight, self.eps, dtype)
 
-    def backward(self, dy: Tensor, normal: Tensor, rms: Tensor) -> tuple[Tensor, Gradients]:
-        """Gradients on x, and on the parameters, from that on the result; overwrites nothing."""
-        dweight = None
-        if self.weight.requires_grad:
-            dweight = (dy * normal).flatten(0, -2).sum(0).to(self.weight.dtype)
-        return before_norm(dy * self.weight, normal, rms), [dweight]
+    def again(self, normal: Tensor, dtype: torch.dtype) -> Tensor:
+        return (normal * self.weight).to(dtype)
 
-
-@dataclass(frozen=True)
-class Linear:
-    """``x W^T + b``, and with an adapter ``+ scaling (x A^T) B^T`` (LoRA, Hu et al. 2021)."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
-    scaling: float = 1.0
-
-    @property
-    def num_in(self) -> int:
-        return shape_of(self.weight)[1]
-
-    @property
-    def num_out(self) -> int:
-        return shape_of(self.weight)[0]
-
-    @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        return tuple(p for p in (self.weight, self.bias, self.lora_a, self.lora_b) if p is not None)
-
-    def forward(self, x: Tensor, narrow: Casts) -> Tensor:
-        bias = None if self.bias is None else narrow(self.bias)
-        out = torch.nn.functional.linear(x, narrow(self.weight), bias)
-        if self.lora_a is not None and self.lora_b is not None:
-            out.addmm_(x @ narrow(self.lora_a).T, narrow(self.lora_b).T, alpha=self.scaling)
-        return out
-
-    def backward(self, dout: Tensor, x: Tensor, narrow: Casts, *, wants_dx: bool = True) -> tuple[Tensor, Gradients]:
-        """Gradients on x (empty where nobody wants it), and on the parameters in their order (None where frozen), from
-        that on the result."""
-        dx = dout @ narrow(self.weight) if wants_dx else dout.new_empty(0)
-        gradients: Gradients = [(dout.T @ x).to(self.weight.dtype) if self.weight.requires_grad else None]
-        if self.bias is not None:
-            gradients.append(dout.sum(0, dtype=self.bias.dtype) if self.bias.requires_grad else None)
-        if self.lora_a is not None and self.lora_b is not None:
-            a, b = narrow(self.lora_a), narrow(self.lora_b)
-            dz = (dout @ b).mul_(self.scaling)
-            gradients.append((dz.T @ x).to(self.lora_a.dtype) if self.lora_a.requires_grad else None)
-            # Transposed, the product is the same and faster: its few rows are the adapter's rank.
-            db = ((x @ a.T).T @ dout).T.to(self.lora_b.dtype) * self.scaling if self.lora_b.requires_grad else None
-            gradients.append(db)
-            if wants_dx:
-                dx.addmm_(dz, a)
-        return dx, gradients
+    def backward(self, dy: Tensor, normal: Tensor, rms: Tensor, past: Tensor | None = None) -> tuple[Tensor, Gradients]:
+        """Gradients on x, and on the parameters, from that on the result; ``past`` is what else is on x."""
+        dx, dweight = before_norm(dy, normal, rms, self.weight, past, self.weight.requires_grad)
+        return dx, [None if dweight is None else dweight.to(self.weight.dtype)]
 
 
 @dataclass(frozen=True)
@@ -155,16 +59,23 @@ class Angles:
 
     cos: Tensor
     sin: Tensor
+    _scaled: dict[float, Angles] = field(default_factory=dict)
+
+    def times(self, scale: float) -> Angles:
+        """That scale what they turn, and the way back too."""
+        if scale not in self._scaled:
+            self._scaled[scale] = Angles(self.cos * scale, self.sin * scale)
+        return self._scaled[scale]
 
     def at(self, rows_S: Tensor | None) -> Angles:
         return self if rows_S is None else Angles(self.cos[rows_S], self.sin[rows_S])
 
-    def turn(self, x_THC: Tensor, scale: float = 1.0) -> Tensor:
-        return rotate(x_THC, self.cos * scale, self.sin * scale)
+    def turn(self, x_THC: Tensor) -> Tensor:
+        return rotate(x_THC, self.cos, self.sin)
 
-    def turn_back(self, dx_THC: Tensor, scale: float = 1.0) -> Tensor:
+    def turn_back(self, dx_THC: Tensor) -> Tensor:
         """The gradient before :meth:`turn` from that after it: a rotation's transpose is the way back."""
-        return rotate(dx_THC, self.cos * scale, self.sin * -scale)
+        return rotate(dx_THC, self.cos, self.sin, back=True)
 
 
 @dataclass(frozen=True)
@@ -206,15 +117,21 @@ class AttentionHalf:
         out: Tensor = _Attention.apply(x_TD, self, sight, *parameters(self.parts))  # type: ignore[no-untyped-call]
         return out
 
+    def inputs(self, y_TD: Tensor, sight: Sight) -> list[tuple[Linears, Tensor]]:
+        """The layers of queries, keys and values, in this order, together where their input is the same."""
+        if sight.rows_S is None:
+            return [(Linears(self.q, self.k, self.v), y_TD)]
+        return [(Linears(self.q), y_TD[sight.rows_S]), (Linears(self.k, self.v), y_TD)]
+
     def bytes_of_entry(self, num_nodes: int) -> int:
         """Of the residual stream."""
         return num_nodes * self.norm.weight.numel() * self.norm.weight.element_size()
 
     def bytes_kept(self, num_nodes: int, blocks: Blocks, dtype: torch.dtype) -> int:
         """What the backward finds in memory: the entry, queries, keys, values, the attention's result, and the
-        probabilities of blocks with few keys."""
-        width = self.q.num_out + self.k.num_out + self.v.num_out + self.o.num_in
-        width += sum(linear.num_out for linear, norm in ((self.q, self.q_norm), (self.k, self.k_norm)) if norm)
+        probabilities of blocks with few keys; with norms over the heads, also what was before them."""
+        before = self.q.num_out + self.k.num_out + self.v.num_out
+        width = before + self.o.num_in + (before if self.q_norm or self.k_norm else 0)
         heads = self.q.num_out // self.head_size
         probabilities = heads * num_kept(blocks)
         return self.bytes_of_entry(num_nodes) + (num_nodes * width + probabilities) * dtype.itemsize
@@ -224,11 +141,11 @@ class AttentionHalf:
 
     def placed(self, q_SHC: Tensor, k_THC: Tensor, v_THC: Tensor, sight: Sight) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (K, G, S, C), scaled, and keys and values (K, T, C), as the attention takes them."""
-        q = q_SHC if self.q_norm is None else self.q_norm.forward(q_SHC, wide(q_SHC.dtype))
-        k = k_THC if self.k_norm is None else self.k_norm.forward(k_THC, wide(k_THC.dtype))
+        q = q_SHC if self.q_norm is None else self.q_norm.forward(q_SHC, wide(q_SHC.dtype))[0]
+        k = k_THC if self.k_norm is None else self.k_norm.forward(k_THC, wide(k_THC.dtype))[0]
         S, H, C = q.shape
         K = k.shape[1]
-        q = sight.angles.at(sight.rows_S).turn(q, self.scale).to(sight.dtype)
+        q = sight.angles.at(sight.rows_S).times(self.scale).turn(q).to(sight.dtype)
         k = sight.angles.turn(k).to(sight.dtype).transpose(0, 1).contiguous()
         return q.view(S, K, H // K, C).permute(1, 2, 0, 3), k, v_THC.transpose(0, 1).contiguous()
 
@@ -263,89 +180,93 @@ def parameters(parts: Sequence[Norm | Linear]) -> list[Tensor]:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, half: AttentionHalf, sight: Sight, *_: Tensor) -> Tensor:
-        y = half.norm.forward(x_TD, sight.dtype)
-        y_S, x_S = (y, x_TD) if sight.rows_S is None else (y[sight.rows_S], x_TD[sight.rows_S])
-        q, k, v = half.q.forward(y_S, sight.narrow), half.k.forward(y, sight.narrow), half.v.forward(y, sight.narrow)
-        q, k, v = half.heads(q), half.heads(k), half.heads(v)
+        y, rms = half.norm.forward(x_TD, sight.dtype)
+        inputs = half.inputs(y, sight)
+        q, k, v = (
+            half.heads(part) for linears, seen in inputs for part in linears.split(linears.forward(seen, sight.narrow))
+        )
         placed = half.placed(q, k, v, sight)
         o, kept = attend(*placed, sight.blocks)
         o = o.flatten(1)
         before_norms = [x for x, norm in ((q, half.q_norm), (k, half.k_norm)) if norm is not None]
-        ctx.save_for_backward(x_TD, o, *placed, *before_norms, *kept)
+        ctx.save_for_backward(x_TD, rms, o, *placed, *before_norms, *kept)
         ctx.half, ctx.sight = half, sight
-        return x_S + half.o.forward(o, sight.narrow)
+        x_S = x_TD if sight.rows_S is None else x_TD[sight.rows_S]
+        return Linears(half.o).forward(o, sight.narrow).to(x_TD.dtype).add_(x_S)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         half: AttentionHalf = ctx.half
         sight: Sight = ctx.sight
-        x_TD, o, q, k, v, *saved = ctx.saved_tensors
+        x_TD, rms, o, q, k, v, *saved = ctx.saved_tensors
         wants_dx = ctx.needs_input_grad[0]
-        do, of_o = half.o.backward(grads[0].to(sight.dtype), o, sight.narrow)
-        of_norms: Gradients = []
-        norms = [norm for norm in (half.q_norm, half.k_norm) if norm is not None]
-        before_norms, kept = saved[: len(norms)], saved[len(norms) :]
+        do, of_o = Linears(half.o).backward(grads[0].to(sight.dtype), o, sight.narrow)
+        num_norms = (half.q_norm is not None) + (half.k_norm is not None)
+        before_norms, kept = saved[:num_norms], saved[num_norms:]
         K, G, S, C = q.shape
         dq, dk, dv = attend_backward(do.view(S, K, G, C), q, k, v, sight.blocks, kept)
-        dq = sight.angles.at(sight.rows_S).turn_back(dq.permute(2, 0, 1, 3).view(S, K * G, C), half.scale)
+        dq = sight.angles.at(sight.rows_S).times(half.scale).turn_back(dq.permute(2, 0, 1, 3).view(S, K * G, C))
         dk = sight.angles.turn_back(dk.transpose(0, 1))
+        of_norms: Gradients = []
         if half.q_norm is not None:
-            dq, of_q_norm = half.q_norm.backward(dq, *half.q_norm.normal(before_norms[0]))
+            dq, of_q_norm = _before_head_norm(half.q_norm, dq, before_norms[0])
             of_norms += of_q_norm
         if half.k_norm is not None:
-            dk, of_k_norm = half.k_norm.backward(dk, *half.k_norm.normal(before_norms[-1]))
+            dk, of_k_norm = _before_head_norm(half.k_norm, dk, before_norms[-1])
             of_norms += of_k_norm
         wants_dy = wants_dx or half.norm.weight.requires_grad
-        normal, rms = half.norm.normal(x_TD)
-        y = (normal * half.norm.weight).to(sight.dtype)
-        y_S = y if sight.rows_S is None else y[sight.rows_S]
+        normal = half.norm.normal(x_TD, rms)
         of_inputs: Gradients = []
-        parts = []
-        for linear, d, seen in ((half.q, dq, y_S), (half.k, dk, y), (half.v, dv.transpose(0, 1), y)):
-            part, of_linear = linear.backward(d.flatten(1).to(sight.dtype), seen, sight.narrow, wants_dx=wants_dy)
-            of_inputs += of_linear
-            parts.append(part)
+        dys = []
+        rest = iter((dq, dk, dv.transpose(0, 1)))
+        for linears, seen in half.inputs(half.norm.again(normal, sight.dtype), sight):
+            d = seen.new_empty(len(seen), linears.num_out)
+            for part in linears.split(d):
+                half.heads(part).copy_(next(rest))
+            dy, of_linears = linears.backward(d, seen, sight.narrow, wants_dx=wants_dy)
+            of_inputs += of_linears
+            dys.append(dy)
         dx: Tensor | None = None
         of_norm: Gradients = [None]
         if wants_dy:
-            dy = _wide_sum(parts[1:])
-            _add_rows(dy, parts[0], sight.rows_S)
-            dx, of_norm = half.norm.backward(dy, normal, rms)
-            _add_rows(dx, grads[0], sight.rows_S)
+            dy = dys[-1].to(wide(sight.dtype))
+            if sight.rows_S is None:
+                dx, of_norm = half.norm.backward(dy, normal, rms, grads[0])
+            else:
+                _add_rows(dy, dys[0], sight.rows_S)
+                dx, of_norm = half.norm.backward(dy, normal, rms)
+                _add_rows(dx, grads[0], sight.rows_S)
         return dx if wants_dx else None, None, None, *of_norm, *of_inputs, *of_o, *of_norms
 
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, half: MlpHalf, sight: Sight, *_: Tensor) -> Tensor:
-        y = half.norm.forward(x_TD, sight.dtype)
-        gate, up = half.gate.forward(y, sight.narrow), half.up.forward(y, sight.narrow)
-        ctx.save_for_backward(x_TD, gate, up)
+        y, rms = half.norm.forward(x_TD, sight.dtype)
+        gate_up = Linears(half.gate, half.up).forward(y, sight.narrow)
+        ctx.save_for_backward(x_TD, rms, gate_up)
         ctx.half, ctx.sight = half, sight
-        return x_TD + half.down.forward(gated(gate, up), sight.narrow)
+        return Linears(half.down).forward(gated(gate_up), sight.narrow).to(x_TD.dtype).add_(x_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         half: MlpHalf = ctx.half
         sight: Sight = ctx.sight
-        x_TD, gate, up = ctx.saved_tensors
+        x_TD, rms, gate_up = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=1)
         opened = silu(gate)
-        da, of_down = half.down.backward(grads[0].to(sight.dtype), opened * up, sight.narrow)
-        dup, dgate = before_gate(da, opened, gate, up)
-        normal, rms = half.norm.normal(x_TD)
-        y = (normal * half.norm.weight).to(sight.dtype)
-        dy, of_gate = half.gate.backward(dgate, y, sight.narrow)
-        more_dy, of_up = half.up.backward(dup, y, sight.narrow)
-        dx, of_norm = half.norm.backward(_wide_sum([dy, more_dy]), normal, rms)
-        return dx.add_(grads[0]), None, None, *of_norm, *of_gate, *of_up, *of_down
+        da, of_down = Linears(half.down).backward(grads[0].to(sight.dtype), opened * up, sight.narrow)
+        normal = half.norm.normal(x_TD, rms)
+        y = half.norm.again(normal, sight.dtype)
+        d = before_gate(da, opened, gate_up)
+        dy, of_inputs = Linears(half.gate, half.up).backward(d, y, sight.narrow)
+        dx, of_norm = half.norm.backward(dy.to(wide(sight.dtype)), normal, rms, grads[0])
+        return dx, None, None, *of_norm, *of_inputs, *of_down
 
 
-def _wide_sum(parts: Sequence[Tensor]) -> Tensor:
-    """The sum in at least float32; may overwrite the first part."""
-    total = parts[0].to(wide(parts[0].dtype))
-    for part in parts[1:]:
-        total.add_(part)
-    return total
+def _before_head_norm(norm: Norm, dy_THC: Tensor, x_THC: Tensor) -> tuple[Tensor, Gradients]:
+    rms = norm.forward(x_THC, x_THC.dtype)[1]
+    return norm.backward(dy_THC, norm.normal(x_THC, rms), rms)
 
 
 def _add_rows(total: Tensor, part: Tensor, rows_S: Tensor | None) -> None:

@@ -7,6 +7,7 @@ chunk by chunk over the S distinct supervised contexts: three matrix products an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,11 +19,11 @@ from torch import Tensor
 
 from likely.errors import NonFiniteError
 from likely.model.forward import Head, LanguageModel
-from likely.model.layer import Casts
-from likely.model.transfer import to_device
+from likely.model.linear import Casts
+from likely.model.transfer import multiplies_narrow, to_device
 from likely.types import FloatArray, IntArray, Pack
 
-CHUNK_LOGITS = 1 << 25  # logits held at once: 128 MiB in float32
+CHUNK_LOGITS = 3 << 24  # logits held at once: 192 MiB in float32
 
 
 def nll_sum(model: LanguageModel, pack: Pack) -> Tensor:
@@ -110,11 +111,12 @@ class _Edges:
         return cls(source_S, rows[0], rows[1], rows[2], first_S, order_E, num_logits)
 
     def chunks(self, row_size: int) -> Iterator[tuple[slice, _Edges]]:
-        """Rows in pieces of at most ``num_logits`` numbers (None: CHUNK_LOGITS), each with its edges, and rows counted
-        from the piece's first."""
-        size = max(1, (self.num_logits or CHUNK_LOGITS) // row_size)
-        for start in range(0, len(self.source_S), size):
-            stop = min(start + size, len(self.source_S))
+        """Rows in few pieces, alike in size, of at most ``num_logits`` numbers (None: CHUNK_LOGITS), each with its
+        edges, and rows counted from the piece's first."""
+        at_most = max(1, (self.num_logits or CHUNK_LOGITS) // row_size)
+        num_rows = len(self.source_S)
+        edges = np.linspace(0, num_rows, -(-num_rows // at_most) + 1).astype(int).tolist()
+        for start, stop in itertools.pairwise(edges):
             some = slice(self.first_S[start], self.first_S[stop])
             yield (
                 slice(start, stop),
@@ -162,8 +164,7 @@ class _HeadLoss(torch.autograd.Function):
         dweight_VD = None
         dbias_V = torch.zeros_like(bias_V) if bias_V is not None and ctx.needs_input_grad[2] else None
         narrow_VD = narrow(weight_VD)
-        # A product of narrow numbers with a wide result is at full speed on a GPU; a CPU has none.
-        factor_VD = narrow_VD if hidden_SD.is_cuda and narrow_VD.dtype in {torch.bfloat16, torch.float16} else None
+        factor_VD = narrow_VD if multiplies_narrow(hidden_SD.device, narrow_VD.dtype) else None
         total = torch.zeros((), dtype=torch.float64, device=hidden_SD.device)
         with torch.autocast(hidden_SD.device.type, enabled=False):
             for rows, some in edges.chunks(len(weight_VD)):
