@@ -87,9 +87,13 @@ def _facts(result: dict[str, Any]) -> str:
 
 
 def newest() -> list[dict[str, Any]]:
-    """The newest result of each case, tune, dtype, batch size and model."""
+    """The newest result of each case, tune, dtype, batch size, model and processor."""
     lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    found = {(line["case"], *line["setting"].values()): line for line in lines if line.get("bench") == "speed"}
+    found = {
+        (line["case"], *line["setting"].values(), line["hardware"]["cpu"]): line
+        for line in lines
+        if line.get("bench") == "speed"
+    }
     return [found[key] for key in sorted(found, key=str)]
 
 
@@ -99,7 +103,9 @@ def write_table() -> None:
     for result in newest():
         rows = ["| " + " | ".join(HEADERS) + " |", "|---" * len(HEADERS) + "|"]
         rows += ["| " + " | ".join(row) + " |" for row in rows_of(result)]
-        parts.append(f"**{title(result)}**\n\n" + "\n".join(rows) + f"\n\n{_facts(result)}.\n")
+        parts.append(
+            f"**{title(result)}, {result['hardware']['cpu']}**\n\n" + "\n".join(rows) + f"\n\n{_facts(result)}.\n"
+        )
     before, rest = PAGE.read_text(encoding="utf-8").split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     PAGE.write_text(before + MARKS[0] + "\n\n" + "\n".join(parts) + "\n" + MARKS[1] + after, encoding="utf-8")

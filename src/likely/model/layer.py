@@ -233,9 +233,9 @@ class _Attention(torch.autograd.Function):
             if sight.rows_S is None:
                 dx, of_norm = half.norm.backward(dy, normal, rms, grads[0])
             else:
-                _add_rows(dy, dys[0], sight.rows_S)
+                dy.index_add_(0, sight.rows_S, dys[0].to(dy.dtype))
                 dx, of_norm = half.norm.backward(dy, normal, rms)
-                _add_rows(dx, grads[0], sight.rows_S)
+                dx.index_add_(0, sight.rows_S, grads[0].to(dx.dtype))
         return dx if wants_dx else None, None, None, *of_norm, *of_inputs, *of_o, *of_norms
 
 
@@ -267,11 +267,3 @@ class _Mlp(torch.autograd.Function):
 def _before_head_norm(norm: Norm, dy_THC: Tensor, x_THC: Tensor) -> tuple[Tensor, Gradients]:
     rms = norm.forward(x_THC, x_THC.dtype)[1]
     return norm.backward(dy_THC, norm.normal(x_THC, rms), rms)
-
-
-def _add_rows(total: Tensor, part: Tensor, rows_S: Tensor | None) -> None:
-    """``total += part``, where ``part`` may belong to some rows only."""
-    if rows_S is None:
-        total.add_(part)
-    else:
-        total.index_add_(0, rows_S, part.to(total.dtype))
