@@ -72,6 +72,15 @@ _GEMMA2 = {
     "attn_implementation": "eager",
 }
 
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "first_k_dense_replace": 2,  # of two layers, so that there are no experts
+}
+
 # name -> (transformers config class, its arguments)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", _SHAPE),
@@ -86,6 +95,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-head-bias": ("PhiConfig", _SHAPE | {"num_key_value_heads": 4}),
     "cohere-logit-scale": ("CohereConfig", _SHAPE | {"logit_scale": 0.25}),
     "granite-logits-scaling": ("GraniteConfig", _SHAPE | {"logits_scaling": 3.0, "attention_multiplier": 0.2}),
+    # Values that are narrower, or wider, than keys.
+    "deepseek3-narrow-values": ("DeepseekV3Config", _SHAPE | _LATENT | {"v_head_dim": 7}),
+    "deepseek3-wide-values": ("DeepseekV3Config", _SHAPE | _LATENT | {"v_head_dim": 14}),
     # Frequencies that depend on the longest sequence of a forward, once that is longer than 16.
     "llama-dynamic-rope": (
         "LlamaConfig",

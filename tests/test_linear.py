@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from likely.model.linear import Casts, Linear, Linears
 
@@ -25,16 +27,19 @@ def random(*shape: int, trained: bool = True) -> Tensor:
 
 
 def build(kinds: list[str], frozen: str, seed: int = 0) -> list[Linear]:
+    """Layers with the parts that their kinds name; ``frozen`` are parts, or "others" for all but the second layer."""
     torch.manual_seed(seed)
     layers = []
-    for size, kind in zip(SIZES, kinds, strict=True):
+    for i, (size, kind) in enumerate(zip(SIZES, kinds, strict=True)):
+        never = "wbAB" if frozen == "others" and i != 1 else frozen
+        rank = 2 + i
         parts = {
-            "weight": random(size, 4, trained="w" not in frozen),
-            "bias": random(size, trained="b" not in frozen) if "b" in kind else None,
-            "lora_a": random(2, 4, trained="A" not in frozen) if "A" in kind else None,
-            "lora_b": random(size, 2) if "B" in kind else None,
+            "weight": random(size, 4, trained="w" not in never),
+            "bias": random(size, trained="b" not in never) if "b" in kind else None,
+            "lora_a": random(rank, 4, trained="A" not in never) if "A" in kind else None,
+            "lora_b": random(size, rank, trained="B" not in never) if "B" in kind else None,
         }
-        layers.append(Linear(**parts, scaling=0.5))  # type: ignore[arg-type]
+        layers.append(Linear(**parts, scaling=0.5 + i))  # type: ignore[arg-type]
     return layers
 
 
@@ -56,7 +61,7 @@ def by_autograd(layers: list[Linear], x: Tensor, dout: Tensor) -> tuple[Tensor, 
     return out.detach(), [next(rest) if p.requires_grad else None for p in held]
 
 
-@pytest.mark.parametrize("frozen", ["", "w", "wb", "bA"])
+@pytest.mark.parametrize("frozen", ["", "w", "wb", "bA", "others"])
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # without copies of the weights, and with them
@@ -87,3 +92,26 @@ def test_copies_follow_their_parameters() -> None:
         found = linears.forward(x, narrow)
         wanted = torch.cat([x.double() @ layer.weight.T + layer.bias for layer in layers], dim=1)  # type: ignore[operator]
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+class Written(TorchDispatchMode):
+    """Counts the bytes of new tensors that operators give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view and not any(result is a for a in args):
+            self.num_bytes += result.nbytes
+        return result
+
+
+def test_copies_that_are_not_kept_are_written_once() -> None:
+    """They are where memory is short."""
+    weights, narrow = [layer.weight for layer in build(KINDS["plain"], "")], Casts(torch.float32, kept=False)
+    with torch.no_grad(), Written() as written:
+        joined = narrow(*weights)
+    assert torch.equal(joined, torch.cat(weights).float())
+    assert written.num_bytes == joined.nbytes

@@ -32,6 +32,17 @@ class _Seen:
         return cls(parameter.requires_grad, (version, parameter.data_ptr()))
 
 
+def _shape_of_all(parameters: tuple[Tensor, ...]) -> tuple[int, ...]:
+    """Of parameters of the same width, one below the other."""
+    first, *rest = map(shape_of, parameters)
+    return (first[0] + sum(shape[0] for shape in rest), *first[1:])
+
+
+def _pieces(whole: Tensor, parameters: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The rows of each."""
+    return whole.split_with_sizes([shape_of(p)[0] for p in parameters])
+
+
 @dataclass
 class _Copy:
     """Parameters, one below the other. They are held, so that no other tensor takes their identity."""
@@ -41,7 +52,7 @@ class _Copy:
     seen: list[_Seen | None]
 
     def refresh(self, *, forgotten: bool) -> None:
-        pieces = self.result.split_with_sizes([len(p) for p in self.parameters])
+        pieces = _pieces(self.result, self.parameters)
         for i, (parameter, piece) in enumerate(zip(self.parameters, pieces, strict=True)):
             old, new = self.seen[i], _Seen.of(parameter)
             if old is None or old.state != new.state or (forgotten and (old.trained or new.trained)):
@@ -62,10 +73,9 @@ class Casts:
     def __call__(self, *parameters: Tensor) -> Tensor:
         """One parameter, or several of the same width, one below the other."""
         if not self.kept or not all(self._needs_copy(p) and p.is_leaf for p in parameters):
-            results = [self._at_once(p) for p in parameters]
-            return results[0] if len(results) == 1 else torch.cat(results)
+            return self._at_once(*parameters)
         key = tuple(map(id, parameters))
-        shape = (sum(map(len, parameters)), *parameters[0].shape[1:])
+        shape = _shape_of_all(parameters)
         copy = self._kept.get(key)
         if copy is None or (copy.result.shape, copy.result.device) != (shape, parameters[0].device):
             empty = parameters[0].detach().new_empty(shape, dtype=self.dtype)
@@ -86,8 +96,15 @@ class Casts:
         # Those that are packed are so to save memory, which would be lost on a copy that stays.
         return parameter.dtype != self.dtype and not is_packed(parameter)
 
-    def _at_once(self, parameter: Tensor) -> Tensor:
-        return numbers(parameter, self.dtype) if is_packed(parameter) else parameter.detach().to(self.dtype)
+    def _at_once(self, *parameters: Tensor) -> Tensor:
+        if len(parameters) == 1:
+            (only,) = parameters
+            return numbers(only, self.dtype) if is_packed(only) else only.detach().to(self.dtype)
+        # Written in place: where nothing is kept memory is short, and a cast of each would be there once more.
+        result = parameters[0].detach().new_empty(_shape_of_all(parameters), dtype=self.dtype)
+        for parameter, piece in zip(parameters, _pieces(result, parameters), strict=True):
+            piece.copy_(numbers(parameter, self.dtype) if is_packed(parameter) else parameter.detach())
+        return result
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def to_device(array: Any, device: torch.device) -> Tensor:
@@ -30,13 +33,19 @@ def multiplies_narrow(device: torch.device, dtype: torch.dtype) -> bool:
 
 def wide_product(left: Tensor, right: Tensor, narrow_right: Tensor) -> Tensor:
     """``left @ right`` in float32, of matrices rounded to the dtype of ``narrow_right``, which is the second one in it:
-    no other rounding is there."""
+    no other rounding is there. On a CPU that is a mode of the whole process while it takes: what other threads multiply
+    in float32 meanwhile has such factors too."""
     if left.device.type == "cuda":
         return torch.mm(left.to(narrow_right.dtype), narrow_right, out_dtype=torch.float32)
     onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = onednn.fp32_precision
-    onednn.fp32_precision = "bf16"
-    try:
-        return left.float() @ right.float()
-    finally:
-        onednn.fp32_precision = before
+    with _ONE_AT_A_TIME:  # or the second thread would take the first one's mode for the user's
+        before = onednn.fp32_precision
+        try:
+            onednn.fp32_precision = "bf16"
+            return left.float() @ right.float()
+        finally:
+            # Ctrl-C during the product raises as soon as Python code runs again, which is that of the next line.
+            try:
+                onednn.fp32_precision = before
+            finally:
+                onednn.fp32_precision = before
