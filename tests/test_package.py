@@ -109,14 +109,15 @@ def typed(folder: Path, *arguments: str, **environment: str) -> str:
 
 def test_it_runs_from_the_wheel_and_completes_what_is_typed(built: tuple[Path, Path], tmp_path: Path) -> None:
     zipfile.ZipFile(built[0]).extractall(tmp_path)  # noqa: S202  (our own)
+    as_named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # where the tests were not typed into a shell
     assert typed(tmp_path, "--version") == f"likely {likely.__version__}\n"
     for shell in ("bash", "zsh", "fish"):
-        assert "_LIKELY_COMPLETE" in typed(tmp_path, "--show-completion", shell)
+        assert "_LIKELY_COMPLETE" in typed(tmp_path, "--show-completion", shell, **as_named)
     asked = {"_LIKELY_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
     assert typed(tmp_path, COMP_WORDS="likely tr", **asked).split() == ["train"]
     asked["COMP_CWORD"] = "2"
     assert typed(tmp_path, COMP_WORDS="likely train --lora-r", **asked).split() == ["--lora-rank"]
     home = tmp_path / "home"
     home.mkdir()
-    assert "completion installed" in typed(tmp_path, "--install-completion", "bash", HOME=str(home))
+    assert "completion installed" in typed(tmp_path, "--install-completion", "bash", HOME=str(home), **as_named)
     assert list(home.rglob("likely.sh"))
