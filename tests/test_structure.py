@@ -107,6 +107,7 @@ WITHIN = {
         "embedded",
         "headers",
         "untrusted",
+        "weight_shapes",
         "place",
         "forward",
         "generate",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,10 +28,7 @@ from likely.model.untrusted import (
     read_adapter_config,
     read_json,
 )
-
-# What older versions of transformers wrote beside the weights and newer ones compute: frequencies, causal masks and the
-# value under them (which is infinite in float16), positions. transformers itself knows only some of them.
-HARMLESS = re.compile(r"rotary_emb\.inv_freq$|(attn|attention)\.(masked_)?bias$|position_ids$")
+from likely.model.weight_shapes import HARMLESS, check_shapes
 
 
 def read_network(
@@ -89,6 +85,7 @@ def read_network(
 def check_sizes(config: Any, tensors: Mapping[str, Stored]) -> set[str]:
     """Compare with a model that has shapes but no memory, so that a wrong config can't make a large one; the names of
     its weights."""
+    check_shapes(config, tensors)
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     for name, wanted in skeleton.state_dict().items():

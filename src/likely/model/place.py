@@ -20,8 +20,10 @@ from likely.model.untrusted import (
     check_model,
     read_adapter_config,
     read_json,
+    read_tensors,
     vocabulary_size,
 )
+from likely.model.weight_shapes import check_shapes
 from likely.strict_yaml import MAX_CHARACTERS, read_settings
 from likely.types import Example
 
@@ -184,7 +186,7 @@ def read_context_length(place: Place) -> int:
     """The context length of a model whose weights are not loaded yet.
 
     Raises:
-        ModelError: there is no config that can be read.
+        ModelError: there is no config that can be read, or it is not that of the weights in its folder.
     """
     from transformers import AutoConfig  # noqa: PLC0415  (not needed to find a model)
 
@@ -196,6 +198,8 @@ def read_context_length(place: Place) -> int:
     except Exception as error:
         message = f"no config that can be read: {first_line(error)}"
         raise ModelError(message, place=place.weights, way_out=COPY) from error
+    if Path(place.weights).is_dir():  # of a hub id, only the small files are here
+        check_shapes(config, read_tensors(Path(place.weights)))
     return context_length(config)
 
 

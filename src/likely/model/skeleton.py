@@ -18,9 +18,10 @@ from likely.errors import ModelError, first_line
 from likely.model.adapters import add_lora
 from likely.model.decoder import NotRecognisedError, read_decoder
 from likely.model.headers import Stored
-from likely.model.load import HARMLESS, Tuning, check_nothing_left, check_sizes, check_tuning, with_adapter
+from likely.model.load import Tuning, check_nothing_left, check_sizes, check_tuning, with_adapter
 from likely.model.place import Place, find_model, local_folder, quiet_transformers
 from likely.model.untrusted import COPY, check_model, identity
+from likely.model.weight_shapes import HARMLESS
 
 
 @dataclass(frozen=True)

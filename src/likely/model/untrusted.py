@@ -74,7 +74,7 @@ def check_model(folder: Path, *, with_weights: bool = True) -> dict[str, Stored]
         if (folder / name).exists():
             _check_settings(read_json(folder / name), folder / name)
     config = read_json(folder / "config.json")
-    tensors = _read_tensors(folder) if with_weights else {}
+    tensors = read_tensors(folder) if with_weights else {}
     _check_size(config, len(tensors), folder / "config.json")
     if with_weights and not tensors:
         _refuse_other_formats(folder, "")
@@ -192,7 +192,12 @@ def _read_index(folder: Path) -> dict[str, str]:
     return shards
 
 
-def _read_tensors(folder: Path) -> dict[str, Stored]:
+def read_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of a model folder by name, from the headers of its files; empty where there are none.
+
+    Raises:
+        ModelError: a file or the index is broken, or they contradict each other.
+    """
     if (folder / WEIGHTS).exists():
         return read_header(folder / WEIGHTS)
     shards = _read_index(folder)
