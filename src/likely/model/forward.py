@@ -45,7 +45,7 @@ class Head:
         if narrow_VD is None:
             logits = hidden_SD.to(wide) @ self.weight.to(wide).T
         else:
-            logits = wide_product(hidden_SD, self.weight.T, narrow_VD.T)
+            logits = wide_product(hidden_SD.to(narrow_VD.dtype), narrow_VD.T)
         if self.bias is not None:
             logits += self.bias
         if self.scale != 1.0:

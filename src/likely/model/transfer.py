@@ -1,14 +1,11 @@
-"""What devices do each in their way: take in host arrays without a wait, and multiply narrow numbers into wide ones."""
+"""What a GPU does unlike a CPU: host arrays get there without a wait, and narrow numbers multiply into wide ones."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
-
-_ONE_AT_A_TIME = threading.Lock()
 
 
 def to_device(array: Any, device: torch.device) -> Tensor:
@@ -24,28 +21,8 @@ def to_device(array: Any, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def multiplies_narrow(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether :func:`wide_product` is faster in that dtype than in float32."""
-    if device.type == "cuda":
-        return dtype in {torch.bfloat16, torch.float16}
-    return dtype == torch.bfloat16 and device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
-def wide_product(left: Tensor, right: Tensor, narrow_right: Tensor) -> Tensor:
-    """``left @ right`` in float32, of matrices rounded to the dtype of ``narrow_right``, which is the second one in it:
-    no other rounding is there. On a CPU that is a mode of the whole process while it takes: what other threads multiply
-    in float32 meanwhile has such factors too."""
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` in float32 from two matrices of bfloat16 or float16: no rounding but that of the factors."""
     if left.device.type == "cuda":
-        return torch.mm(left.to(narrow_right.dtype), narrow_right, out_dtype=torch.float32)
-    onednn = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _ONE_AT_A_TIME:  # or the second thread would take the first one's mode for the user's
-        before = onednn.fp32_precision
-        try:
-            onednn.fp32_precision = "bf16"
-            return left.float() @ right.float()
-        finally:
-            # Ctrl-C during the product raises as soon as Python code runs again, which is that of the next line.
-            try:
-                onednn.fp32_precision = before
-            finally:
-                onednn.fp32_precision = before
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
