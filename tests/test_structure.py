@@ -1,6 +1,7 @@
 """The walls of the house, as tests: who may import whom, and how big a file or a function may grow."""
 
 import ast
+import re
 import tomllib
 from pathlib import Path
 
@@ -357,3 +358,10 @@ def test_public_names() -> None:
         "score",
         "train",
     ]
+
+
+def test_no_test_imports_conftest() -> None:
+    # There are several of that name, and which one is found depends on what else is run.
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")}
+    importing = re.compile(r"^(from|import) conftest\b", re.MULTILINE)
+    assert [name for name, text in texts.items() if importing.search(text)] == []

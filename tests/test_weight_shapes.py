@@ -15,12 +15,25 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import likely
-from conftest import _SHAPE
 from likely.errors import ModelError
 from likely.model.decoder import KNOWN
 from likely.model.place import find_model, read_context_length
 from likely.model.untrusted import WEIGHTS, read_tensors
 from likely.model.weight_shapes import FAMILIES, HARMLESS, check_shapes
+
+SHAPE = {
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+}
 
 SOUND: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
@@ -63,7 +76,7 @@ class Saved:
 
 def save(folder: Path, kind: str, **more: Any) -> Saved:
     config_class, arguments = SOUND[kind]
-    network = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**_SHAPE | arguments))
+    network = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**SHAPE | arguments))
     network.save_pretrained(folder, **more)
     return Saved(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
 
@@ -90,7 +103,7 @@ def test_what_transformers_saved_is_sound(tmp_path: Path, kind: str, shards: dic
     find_model(str(tmp_path))
     # It was compared at all: the same with a wider layer is refused.
     with pytest.raises(ModelError, match="asks for"):
-        saved.change(vocab_size=_SHAPE["vocab_size"] + 1).judge()
+        saved.change(vocab_size=SHAPE["vocab_size"] + 1).judge()
 
 
 def changes(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
