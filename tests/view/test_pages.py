@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,10 @@ def test_the_curve_is_read_by_arrow_keys(visit: Open, run_id: str) -> None:
 def test_a_run_that_grows_is_followed_to_its_end(visit_other: Open, growing: Path) -> None:
     visited = visit_other("/")  # one run: its page
     page = visited.page
+    # The list of runs comes last: what the stream tells at once must wait for the page.
+    page.route("**/api/runs", lambda route: (time.sleep(1), route.continue_()))
+    page.reload()
+    page.wait_for_selector(".badge")
     assert "running" in page.inner_text(".badge")
     assert page.inner_text("h1") == "<b>run[U+202E]␇"
     assert "step 5 of 50" in page.inner_text(".page")

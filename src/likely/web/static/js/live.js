@@ -10,15 +10,15 @@ export class Live {
     signal.addEventListener("abort", () => this.source?.close());
   }
 
-  /** The snapshot; with `follow`, the stream of what comes after it too. */
-  async open({ follow }) {
+  /** The snapshot. */
+  async open() {
     this.metrics = await get(`/runs/${this.run}/metrics`, { signal: this.signal });
-    if (follow && !this.signal.aborted) this.listen();
-    return this.metrics;
   }
 
+  /** The stream of what comes after the snapshot. */
   listen() {
     this.source?.close();
+    if (this.signal.aborted) return;
     const { generation, lines } = this.metrics;
     this.source = new EventSource(link(`/runs/${this.run}/live`, { generation, lines }));
     const on = (name, act) => this.source.addEventListener(name, (event) => !this.signal.aborted && act(JSON.parse(event.data)));
@@ -30,7 +30,7 @@ export class Live {
   /** The file was cut back or replaced: what was read is no longer true. */
   async again() {
     this.source.close();
-    await this.open({ follow: true }).then(this.onMetrics, () => {});
+    await this.open().then(() => (this.listen(), this.onMetrics(this.metrics)), () => {});
   }
 
   take(more) {

@@ -35,6 +35,8 @@ class RunPage {
     this.drawHead();
     this.drawChart();
     this.drawBelow();
+    // Not before: what is told at once has to have a place.
+    for (const { entry, live } of runs) if (entry.state !== "finished") live.listen();
   }
 
   async load(id) {
@@ -45,7 +47,7 @@ class RunPage {
       onState: (state) => this.changed(run, state),
     });
     const run = { entry, live };
-    await live.open({ follow: entry.state !== "finished" });
+    await live.open();
     return run;
   }
 
