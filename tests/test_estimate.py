@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from likely.data.packing import build_packs
 from likely.insight.estimate import (
+    CHUNK_LOGITS,
     Layer,
     Load,
     Shape,
@@ -26,6 +27,7 @@ from likely.insight.estimate import (
 from likely.model import load as models
 from likely.model.adapters import add_lora
 from likely.model.attention import cut
+from likely.training import objective
 from likely.training.optim import build_optimizer
 from likely.training.step import train_step
 from likely.types import Example, Pack, Source
@@ -170,3 +172,8 @@ def test_operations_are_those_that_torch_counts(
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm}) as counter:
         train_step(model, step, optimizer, 1.0)
     assert operations(shape, load_of([step]), tune, 8).all == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def test_a_chunk_of_logits_is_that_of_the_loss() -> None:
+    # The estimate stands without torch, so it says the number once more.
+    assert CHUNK_LOGITS == objective.CHUNK_LOGITS

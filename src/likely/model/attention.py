@@ -288,6 +288,12 @@ class _TrieAttention(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None
 
 
+def _widened(x: Tensor, size: int) -> Tensor:
+    """With zeros at the end of the last axis. What is wide enough isn't copied, as torch's own padding would."""
+    missing = size - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
 def trie_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -320,7 +326,7 @@ def trie_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Some models have values of another size than queries and keys; zeros change neither scores nor sums.
     size = max(query.shape[-1], value.shape[-1])
-    q, k, v = (torch.nn.functional.pad(x[0], (0, size - x.shape[-1])).to(dtype) for x in (query * scale, key, value))
+    q, k, v = (_widened(x[0], size).to(dtype) for x in (query * scale, key, value))
     blocks = plan.blocks(window, dtype)
     with torch.autocast(query.device.type, enabled=False):
         out: Tensor = _TrieAttention.apply(  # type: ignore[no-untyped-call]

@@ -35,6 +35,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def one_over_root(x: Tensor, eps: float) -> Tensor:
+    """One over the root mean square of each row, in float32."""
+    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+
+
 @fusible
 def normal(x: Tensor, rms: Tensor) -> Tensor:
     """``x`` over its root mean square, in at least float32; ``rms`` is one over that root, of each row."""
@@ -44,9 +49,8 @@ def normal(x: Tensor, rms: Tensor) -> Tensor:
 @fusible
 def scaled_normal(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The root mean square norm of the last axis (Zhang & Sennrich 2019), with its gain, and one over the root."""
-    x32 = x.float()
-    rms = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)
-    return (x32 * rms).to(wide(x.dtype)).mul_(weight).to(dtype), rms
+    rms = one_over_root(x, eps)
+    return (x.float() * rms).to(wide(x.dtype)).mul_(weight).to(dtype), rms
 
 
 @fusible

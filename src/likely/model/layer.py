@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from likely.model.attention import Blocks, attend, attend_backward, num_kept
-from likely.model.elementwise import before_gate, before_norm, gated, normal, rotate, scaled_normal, silu, wide
+from likely.model.elementwise import (
+    before_gate,
+    before_norm,
+    gated,
+    normal,
+    one_over_root,
+    rotate,
+    scaled_normal,
+    silu,
+    wide,
+)
 from likely.model.linear import Casts, Gradients, Linear, Linears
 
 
@@ -145,7 +155,7 @@ class AttentionHalf:
         k = k_THC if self.k_norm is None else self.k_norm.forward(k_THC, wide(k_THC.dtype))[0]
         S, H, C = q.shape
         K = k.shape[1]
-        q = sight.angles.at(sight.rows_S).times(self.scale).turn(q).to(sight.dtype)
+        q = sight.angles.times(self.scale).at(sight.rows_S).turn(q).to(sight.dtype)
         k = sight.angles.turn(k).to(sight.dtype).transpose(0, 1).contiguous()
         return q.view(S, K, H // K, C).permute(1, 2, 0, 3), k, v_THC.transpose(0, 1).contiguous()
 
@@ -205,7 +215,7 @@ class _Attention(torch.autograd.Function):
         before_norms, kept = saved[:num_norms], saved[num_norms:]
         K, G, S, C = q.shape
         dq, dk, dv = attend_backward(do.view(S, K, G, C), q, k, v, sight.blocks, kept)
-        dq = sight.angles.at(sight.rows_S).times(half.scale).turn_back(dq.permute(2, 0, 1, 3).view(S, K * G, C))
+        dq = sight.angles.times(half.scale).at(sight.rows_S).turn_back(dq.permute(2, 0, 1, 3).view(S, K * G, C))
         dk = sight.angles.turn_back(dk.transpose(0, 1))
         of_norms: Gradients = []
         if half.q_norm is not None:
@@ -265,5 +275,5 @@ class _Mlp(torch.autograd.Function):
 
 
 def _before_head_norm(norm: Norm, dy_THC: Tensor, x_THC: Tensor) -> tuple[Tensor, Gradients]:
-    rms = norm.forward(x_THC, x_THC.dtype)[1]
+    rms = one_over_root(x_THC, norm.eps)
     return norm.backward(dy_THC, norm.normal(x_THC, rms), rms)

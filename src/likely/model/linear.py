@@ -151,6 +151,7 @@ class Linears:
             for i, layer in enumerate(layers)
             if layer.lora_a is not None and layer.lora_b is not None
         ]
+        self._ranks = [len(adapter.a) for adapter in self._adapters]
 
     @property
     def num_out(self) -> int:
@@ -216,7 +217,7 @@ class Linears:
 
     def _inner(self, x: Tensor, narrow: Casts) -> tuple[Tensor, ...]:
         """``x A^T`` (T, rank) of each adapter."""
-        return (x @ self._down(narrow).T).split_with_sizes([len(adapter.a) for adapter in self._adapters], dim=1)
+        return (x @ self._down(narrow).T).split_with_sizes(self._ranks, dim=1)
 
     def _down(self, narrow: Casts) -> Tensor:
         return narrow(*(adapter.a for adapter in self._adapters))
@@ -229,7 +230,7 @@ class Linears:
         if dx is not None:
             _add_product(dx, dz, self._down(narrow))
         found = {}
-        das = (dz.T @ x).split_with_sizes([len(adapter.a) for adapter in self._adapters])
+        das = (dz.T @ x).split_with_sizes(self._ranks)
         for r, da, z in zip(self._adapters, das, self._inner(x, narrow), strict=True):
             # Transposed, the product is the same and faster: its few rows are the adapter's rank.
             db = (z.T @ parts[r.place]).T.to(r.b.dtype) * r.scaling if r.b.requires_grad else None
